@@ -1,0 +1,15 @@
+"""Fused Adam optimizers that set their own learning rate (CLARA), for PyTorch."""
+
+from ._version import __version__
+from .adaptation import random_walk_limit, random_walk_reference
+from .optimizers import AdamClara, AdamClaraGlobal, AdamClaraLocal, AdamClaraSmoothed
+
+__all__ = [
+    "AdamClara",
+    "AdamClaraGlobal",
+    "AdamClaraLocal",
+    "AdamClaraSmoothed",
+    "__version__",
+    "random_walk_limit",
+    "random_walk_reference",
+]

@@ -1,0 +1,422 @@
+"""AdamClaraGlobal, AdamClaraLocal, AdamClaraSmoothed: torch.optim's contract, and nothing numeric.
+
+A step is measure -> adapt -> apply over batches of tensors; the back ends do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import adaptation, sharding, state, torch_backend, validation
+from .batches import Batch, StepInputs, TensorWork, moved
+from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, read_options
+
+# What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
+_PERSISTENT_ATTRIBUTES = ("fused", "process_group", "max_temporary_bytes", "_step_supports_amp_scaling")
+
+
+class AdamClara(Optimizer):
+    """What the three optimizers share. Use one of them.
+
+    Adam with CLARA: each parameter's steps are summed up in a decaying path, whose squared length is compared with
+    what a random walk of the same steps would give. A long path (steps agree) raises the learning-rate scale mu, a
+    short one (steps cancel) lowers it; the rate in force is ``lr * mu``. ``param_group["lr"]`` stays the user's.
+
+    Args:
+        params: parameters or param groups, as for ``torch.optim.Adam``. float32, bfloat16, float16 or float64, dense.
+        lr: learning rate >= 0, float or one-element tensor.
+        betas: decay of the moments, each in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: >= 0; added to the gradient, or decoupled as in AdamW.
+        amsgrad: use the running maximum of the second moment.
+        maximize: ascend instead of descend.
+        decoupled_weight_decay: decay the parameter (AdamW) instead of the gradient.
+        smoothing: weight of a new step in the path, in (0, 1]; the path remembers about 1/smoothing steps.
+        damping: > 0; a larger one makes the scale follow the path more slowly.
+        reference: ``"random_walk"`` compares with Adam steps on pure noise; a number > 0 is the expected squared path
+            of one element at every step.
+        clip: bounds of the scale's factor in one step, 0 < low <= high, or None.
+        accumulate: the factor multiplies the scale; False: it replaces it.
+        deferred: step with the scale measured in the step before, which saves one pass over memory.
+        initial_scale: mu before the first step, inside ``scale_bounds``; 1 unless ``accumulate``.
+        scale_bounds: mu stays inside, 0 < low <= high.
+        adapt_lr: False keeps mu as it is; the path is still tracked.
+        path_dtype: dtype of the path, torch.float32 or torch.bfloat16; None: the moments' dtype.
+        fused: True runs the compiled core and raises at the first step if it cannot serve; False runs PyTorch; None
+            runs the core where it can and PyTorch elsewhere.
+        process_group: parameters are shards over this group (see docs/distributed.md).
+
+    Raises:
+        ValueError: an option is out of range, or a parameter cannot be updated in place.
+        TypeError: an option or a parameter has the wrong type.
+
+    Source: Atamna, Maus, Kievelitz, Glasmachers, arXiv 2508.05408; all formulas in docs/algorithm.md.
+    """
+
+    variant: ClassVar[Variant]
+
+    fused: bool | None
+    max_temporary_bytes: int | None
+    """Bound of the PyTorch back end's scratch memory in one step, in bytes; None chooses by device."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        smoothing: float = 0.05,
+        damping: float = 2.5,
+        reference: str | float = "random_walk",
+        clip: tuple[float, float] | None = (0.5, 1.05),
+        accumulate: bool = True,
+        deferred: bool = False,
+        initial_scale: float = 1.0,
+        scale_bounds: tuple[float, float] = (1e-4, 1e4),
+        adapt_lr: bool = True,
+        path_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "smoothing": smoothing,
+            "damping": damping,
+            "reference": reference,
+            "clip": clip,
+            "accumulate": accumulate,
+            "deferred": deferred,
+            "initial_scale": initial_scale,
+            "scale_bounds": scale_bounds,
+            "adapt_lr": adapt_lr,
+            "path_dtype": path_dtype,
+        }
+        self._initialize(params, defaults, fused, process_group)
+
+    def _initialize(
+        self, params: ParamsT, defaults: dict[str, Any], fused: bool | None, process_group: Any
+    ) -> None:
+        if fused not in (None, True, False):
+            raise TypeError(f"fused must be None, True or False, got {fused!r}")
+        if process_group is not None:
+            raise NotImplementedError("process_group: sharded parameters are not supported yet")
+        self.fused = fused
+        self.process_group = process_group
+        self.max_temporary_bytes = None
+        self._forget_caches()
+        super().__init__(params, defaults)
+
+    def _forget_caches(self) -> None:
+        """Drop what was derived from groups, parameters and state; the next step derives it anew."""
+        # Per group: the option values last seen and what was made of them.
+        self._options_cache: list[tuple[tuple[Any, ...], GroupOptions]] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError, TypeError: bad options or parameters; the group is not added then.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            validation.check_lr(group["lr"], index, read_tensor=True)
+            read_options(group, index, self.variant)
+            for param_index, param in enumerate(group["params"]):
+                sharding.refuse_sharded(param, index, param_index)
+                validation.check_param(param, index, param_index)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def enable_fused_amp(self, enabled: bool = True) -> None:
+        """Let a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer.
+
+        Saves a pass over the gradients and the scaler's host synchronization. Off by default: frameworks that watch
+        for skipped steps would not see them.
+        """
+        self._step_supports_amp_scaling = enabled
+
+    # --- the step ---
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients that are there.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            what the closure returned.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: bad options, gradients or state, or ``fused=True`` cannot be served;
+                nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        inputs = self._read_inputs()
+        works = self._collect(inputs.options)
+        if works:
+            self._run(self._batches(works, inputs), inputs)
+        return loss
+
+    def _read_inputs(self) -> StepInputs:
+        """Read and check everything a step depends on beside the tensors."""
+        lrs = []
+        for index, group in enumerate(self.param_groups):
+            validation.check_lr(group["lr"], index)
+            lrs.append(group["lr"])
+        options = self._read_options()
+        # A GradScaler sets these two before step() and deletes them after.
+        return StepInputs(options, lrs, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _read_options(self) -> list[GroupOptions]:
+        names = option_names(self.variant)
+        seen = [tuple(group[name] for name in names) for group in self.param_groups]
+        if seen != [values for values, _ in self._options_cache]:
+            fresh = [read_options(group, index, self.variant) for index, group in enumerate(self.param_groups)]
+            if self.variant is Variant.GLOBAL:
+                validation.check_equal_in_all_groups(fresh, GLOBAL_OPTION_NAMES)
+            self._options_cache = list(zip(seen, fresh, strict=True))
+        return [options for _, options in self._options_cache]
+
+    def _collect(self, options: Sequence[GroupOptions]) -> list[TensorWork]:
+        """Gather the tensors that have gradients: first check all of them, only then create or adjust state."""
+        taking_part = []
+        for group_index, param_index, param in self._enumerate_params():
+            grad = param.grad
+            if grad is None:
+                continue
+            sharding.refuse_sharded(param, group_index, param_index)
+            validation.check_param(param, group_index, param_index)
+            validation.check_grad(param, grad, group_index, param_index)
+            # .get: reading self.state[param] would create an empty entry.
+            param_state = self.state.get(param, {})
+            state.check(param_state, param, options[group_index], group_index, param_index)
+            taking_part.append((group_index, param_index, param, grad))
+        for group_index, _, param, _ in taking_part:
+            state.prepare(self.state[param], param, options[group_index])
+        if self.variant is Variant.GLOBAL:
+            state.share_scale(self.state.values())
+        return [TensorWork(*located, self.state[located[2]]) for located in taking_part]
+
+    def _enumerate_params(self) -> Iterator[tuple[int, int, Tensor]]:
+        for group_index, group in enumerate(self.param_groups):
+            for param_index, param in enumerate(group["params"]):
+                yield group_index, param_index, param
+
+    def _batches(self, works: Sequence[TensorWork], inputs: StepInputs) -> Sequence[Batch]:
+        return torch_backend.batches_of(works, inputs, self.variant, self.max_temporary_bytes)
+
+    def _run(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
+        """measure -> adapt -> apply."""
+        sums = [batch.measure() for batch in batches]
+        if self.variant is Variant.GLOBAL:
+            self._adapt_shared_scale(sums, inputs)
+            for batch in batches:
+                batch.adapt(None)
+        else:
+            for batch, own_sums in zip(batches, sums, strict=True):
+                batch.adapt(own_sums)
+        for batch in batches:
+            batch.apply()
+
+    def _adapt_shared_scale(self, sums: Sequence[Tensor], inputs: StepInputs) -> None:
+        """Move the one scale of AdamClaraGlobal, on every device that holds it."""
+        totals = adaptation.total_sums(sums)
+        scales = {entry["lr_scale"].device: entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry}
+        scale = moved(next(iter(scales.values())), totals.device)
+        new_scale = adaptation.adapted_scales(scale, totals, inputs.options[0], self.variant)
+        if inputs.found_inf is not None:
+            found_inf = moved(inputs.found_inf, totals.device).reshape(())
+            new_scale = torch.where(found_inf != 0, scale, new_scale)
+        for device, target in scales.items():
+            target.copy_(moved(new_scale, device))
+
+    # --- telemetry ---
+
+    @torch.no_grad()
+    def lr_scales(self) -> list[Tensor]:
+        """The learning-rate scale mu of every parameter.
+
+        Returns:
+            per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy.
+            A parameter that was never stepped has its group's ``initial_scale``, under AdamClaraGlobal the one mu.
+        """
+        shared = None
+        if self.variant is Variant.GLOBAL:
+            shared = next((entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry), None)
+        return [self._group_scales(group, shared) for group in self.param_groups]
+
+    def _group_scales(self, group: dict[str, Any], shared: Tensor | None) -> Tensor:
+        params = group["params"]
+        if not params:
+            return torch.empty(0)
+        device = params[0].device
+        scales = []
+        for param in params:
+            scale = self.state.get(param, {}).get("lr_scale", shared)
+            if scale is None:
+                scale = torch.full((), group["initial_scale"], dtype=torch.float32, device=device)
+            scales.append(moved(scale, device))
+        return torch.stack(scales)
+
+    @torch.no_grad()
+    def effective_lrs(self) -> list[Tensor]:
+        """The learning rate in force, lr * mu, of every parameter.
+
+        Does not wait for the device, so it can be called at every step; read the values later, or seldom.
+
+        Returns:
+            as `lr_scales`: per param group a float32 tensor [number of parameters]; later steps do not change it.
+        """
+        return [
+            scales * moved(group["lr"], scales.device).reshape(()).to(torch.float32)
+            if isinstance(group["lr"], Tensor)
+            else scales * group["lr"]
+            for group, scales in zip(self.param_groups, self.lr_scales(), strict=True)
+        ]
+
+    # --- saving and loading ---
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
+
+        Dtypes are kept bit for bit; tensors are copied, also when ``state_dict`` holds the live ones of another
+        optimizer. What another Adam lacks starts fresh: ``path`` at zeros, ``lr_scale`` at ``initial_scale``, options
+        as this optimizer has them.
+
+        Raises:
+            ValueError: groups or shapes do not match; nothing has been changed then.
+        """
+        # Registered here, so it runs after the user's hooks.
+        handle = self.register_load_state_dict_pre_hook(lambda _, final_state_dict: state.shield(final_state_dict))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in _PERSISTENT_ATTRIBUTES if hasattr(self, name)}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, new: dict[str, Any]) -> None:
+        """Restore from a pickle (all attributes) or from ``load_state_dict`` (state and param groups)."""
+        new = dict(new)
+        groups = new["param_groups"]
+        group_steps = [group.get("step") for group in groups]
+        templates = self.param_groups if hasattr(self, "param_groups") else [new["defaults"]] * len(groups)
+        for index, (group, template) in enumerate(zip(groups, templates, strict=True)):
+            for name in state.FOREIGN_GROUP_OPTIONS:
+                group.pop(name, None)
+            for name in ("lr", *option_names(self.variant)):
+                group.setdefault(name, template[name])
+            read_options(group, index, self.variant)
+        for group_index, group in enumerate(groups):
+            for param_index, param in enumerate(group["params"]):
+                entry = new["state"].get(param)
+                if entry and any(isinstance(value, state.Verbatim) for value in entry.values()):
+                    new["state"][param] = state.adopt(
+                        entry, param, group, group_steps[group_index], group_index, param_index
+                    )
+        super().__setstate__(new)
+        if self.variant is Variant.GLOBAL:
+            state.share_scale(self.state.values())
+        self._forget_caches()
+
+
+class AdamClaraGlobal(AdamClara):
+    """Adam with one learning-rate scale for all parameters of all groups: the most stable; for large models.
+
+    The options ``smoothing, damping, reference, clip, accumulate, deferred, initial_scale, scale_bounds, adapt_lr``
+    must be equal in all groups.
+    """
+
+    variant = Variant.GLOBAL
+
+
+class AdamClaraLocal(AdamClara):
+    """Adam with one learning-rate scale per parameter tensor: the fastest to react; small models, experiments."""
+
+    variant = Variant.LOCAL
+
+
+class AdamClaraSmoothed(AdamClara):
+    """Adam with one smoothed learning-rate scale per parameter tensor: balanced, the general-purpose choice.
+
+    The scale is a moving average of what the factor asks for: mu <- b mu + (1 - b) mu f, with b = ``lr_smoothing``
+    in [0, 1). The other arguments are those of `AdamClara`.
+    """
+
+    variant = Variant.SMOOTHED
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        smoothing: float = 0.05,
+        damping: float = 0.5,
+        reference: str | float = "random_walk",
+        clip: tuple[float, float] | None = (0.5, 2.0),
+        lr_smoothing: float = 0.9,
+        accumulate: bool = True,
+        deferred: bool = False,
+        initial_scale: float = 1.0,
+        scale_bounds: tuple[float, float] = (1e-4, 1e4),
+        adapt_lr: bool = True,
+        path_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "smoothing": smoothing,
+            "damping": damping,
+            "reference": reference,
+            "clip": clip,
+            "lr_smoothing": lr_smoothing,
+            "accumulate": accumulate,
+            "deferred": deferred,
+            "initial_scale": initial_scale,
+            "scale_bounds": scale_bounds,
+            "adapt_lr": adapt_lr,
+            "path_dtype": path_dtype,
+        }
+        self._initialize(params, defaults, fused, process_group)
