@@ -1,0 +1,50 @@
+"""Fixtures that every test may ask for, and how hypothesis runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from helpers import VARIANTS, why_not_core
+
+# Derandomized everywhere: a failure seen once is seen by everybody. HYPOTHESIS_PROFILE=search looks for new examples.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.function_scoped_fixture,  # `fused` and `variant` only name a case
+    ],
+)
+hypothesis.settings.register_profile(
+    "search", hypothesis.settings.get_profile("repeatable"), derandomize=False, max_examples=1000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "core"])
+def fused(request: pytest.FixtureRequest) -> bool:
+    """Both back ends. Where the compiled core is not built, its half is skipped with the reason it gives itself."""
+    if request.param and (reason := why_not_core("cpu", torch.float32)):
+        pytest.skip(f"the compiled core cannot serve: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _restore_torch_settings() -> Iterator[None]:
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
