@@ -18,12 +18,24 @@ from .options import GroupOptions, Variant
 
 # Adam's bias correction 1/(1 - beta1^t) counts as 1 once beta1^t is below this.
 _NEGLIGIBLE = 1e-12
-_MAX_TABLE_LENGTH = 65536
+_MAX_TABLE_LENGTH = 1 << 20  # enough for beta1 up to 0.99997
 _SUM_BLOCK = 1024
 
 
+def _check_walk(beta1: float, smoothing: float) -> None:
+    if not 0.0 <= beta1 < 1.0:
+        raise ValueError(f"beta1 must be in [0, 1), got {beta1}")
+    if not 0.0 < smoothing <= 1.0:
+        raise ValueError(f"smoothing must be in (0, 1], got {smoothing}")
+
+
 def random_walk_limit(beta1: float, smoothing: float) -> float:
-    """Limit of the random-walk reference for t to infinity: (1-b)/(1+b) * (1+bq)/(1-bq), b = beta1, q = 1-smoothing."""
+    """Limit of the random-walk reference for t to infinity: (1-b)/(1+b) * (1+bq)/(1-bq), b = beta1, q = 1-smoothing.
+
+    Raises:
+        ValueError: `beta1` is outside [0, 1) or `smoothing` outside (0, 1].
+    """
+    _check_walk(beta1, smoothing)
     correlation = beta1 * (1.0 - smoothing)
     return (1.0 - beta1) / (1.0 + beta1) * (1.0 + correlation) / (1.0 - correlation)
 
@@ -62,8 +74,9 @@ def random_walk_reference(step: int, beta1: float, smoothing: float) -> float:
         smoothing: weight of the path's decay, in (0, 1].
 
     Raises:
-        ValueError: `step` is below 1.
+        ValueError: `step` is below 1, `beta1` outside [0, 1) or `smoothing` outside (0, 1].
     """
+    _check_walk(beta1, smoothing)
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
     table = _reference_table(beta1, smoothing)
