@@ -30,18 +30,11 @@ UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 # Hyperparameters that make every effect of the method visible in a few steps: scales off 1, factors that are neither
 # clipped away nor one.
-LIVELY = {
-    "Global": {"lr": 0.05, "smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6), "weight_decay": 0.1},
-    "Local": {"lr": 0.05, "smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6), "weight_decay": 0.1},
-    "Smoothed": {
-        "lr": 0.05,
-        "smoothing": 0.3,
-        "damping": 0.7,
-        "clip": (0.5, 1.6),
-        "lr_smoothing": 0.6,
-        "weight_decay": 0.1,
-    },
+LIVELY: dict[str, dict[str, Any]] = {
+    variant: {"lr": 0.05, "smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6), "weight_decay": 0.1}
+    for variant in VARIANTS
 }
+LIVELY["Smoothed"]["lr_smoothing"] = 0.6
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -117,8 +118,6 @@ def test_rosenbrock_with_schedulers(variant: str, maximize: bool, fused: bool) -
 
 def test_signature_starts_as_adams(variant: str) -> None:
     """Positional arguments mean what they mean for torch.optim.Adam; the defaults are documented."""
-    import inspect
-
     names = ["params", "lr", "betas", "eps", "weight_decay", "amsgrad"]
     signature = inspect.signature(VARIANTS[variant]).parameters
     adam = inspect.signature(torch.optim.Adam).parameters
@@ -126,11 +125,26 @@ def test_signature_starts_as_adams(variant: str) -> None:
     assert all(p.kind is p.KEYWORD_ONLY for p in list(signature.values())[6:])
     defaults = {n: p.default for n, p in signature.items() if n != "params"}
     shared = {
-        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False,
-        "decoupled_weight_decay": False, "smoothing": 0.05, "damping": 2.5, "reference": "random_walk", "clip": (0.5, 1.05),
-        "accumulate": True, "deferred": False, "initial_scale": 1.0, "scale_bounds": (1e-4, 1e4), "adapt_lr": True, "path_dtype": None,
-        "fused": None, "process_group": None,
-    }  # fmt: skip
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "amsgrad": False,
+        "maximize": False,
+        "decoupled_weight_decay": False,
+        "smoothing": 0.05,
+        "damping": 2.5,
+        "reference": "random_walk",
+        "clip": (0.5, 1.05),
+        "accumulate": True,
+        "deferred": False,
+        "initial_scale": 1.0,
+        "scale_bounds": (1e-4, 1e4),
+        "adapt_lr": True,
+        "path_dtype": None,
+        "fused": None,
+        "process_group": None,
+    }
     if variant == "Smoothed":
         shared.update(damping=0.5, clip=(0.5, 2.0), lr_smoothing=0.9)
     assert defaults == shared
@@ -139,8 +153,6 @@ def test_signature_starts_as_adams(variant: str) -> None:
 def test_every_hyperparameter_is_a_group_option(variant: str) -> None:
     params = parameters([(2,), (2,)])
     optimizer = VARIANTS[variant]([{"params": params[:1], "eps": 1e-4}, {"params": params[1:]}])
-    import inspect
-
     expected = set(inspect.signature(VARIANTS[variant]).parameters) - {"params", "fused", "process_group"}
     for group in optimizer.param_groups:
         assert expected <= set(group)
