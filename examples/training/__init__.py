@@ -1,0 +1,1 @@
+"""The parts of examples/train.py: data, models, optimizers by name, the curves of a run, checkpoints."""
