@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstdint>
 
+// static: the CPU kernels are compiled once per instruction set. With external linkage the linker would keep one copy of
+// a function that was not inlined, maybe the one with instructions that this processor lacks.
 #if defined(__CUDACC__)
-#define CLARA_HD __host__ __device__ __forceinline__
+#define CLARA_HD static __host__ __device__ __forceinline__
 #else
-#define CLARA_HD inline
+#define CLARA_HD static inline
 #endif
 
 namespace clara {
@@ -126,44 +128,55 @@ CLARA_HD ApplyCoefficients<T> apply_coefficients(const GroupOptions& options, T 
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Element math
+// Element math. V is the arithmetic type T itself (CUDA threads) or a vector of T (CPU loops).
 // ---------------------------------------------------------------------------------------------------------------
 
-template <typename T>
-CLARA_HD T effective_gradient(T grad, T param, const MeasureCoefficients<T>& c) {
-  return grad * c.grad_factor + c.coupled_decay * param;
+template <typename V>
+CLARA_HD V square_root(V v) {
+  return std::sqrt(v);
 }
 
-template <typename T>
-CLARA_HD T first_moment(T m, T grad, const MeasureCoefficients<T>& c) {
+// Decay 0 is told apart so that an infinite parameter (a mask, say) does not turn into 0 * inf = NaN.
+template <typename V, typename T>
+CLARA_HD V with_decay(V step, T decay, V param) {
+  return decay == T(0) ? step : step + decay * param;
+}
+
+template <typename V, typename T>
+CLARA_HD V effective_gradient(V grad, V param, const MeasureCoefficients<T>& c) {
+  return with_decay(grad * c.grad_factor, c.coupled_decay, param);
+}
+
+template <typename V, typename T>
+CLARA_HD V first_moment(V m, V grad, const MeasureCoefficients<T>& c) {
   return c.beta1 * m + c.one_minus_beta1 * grad;
 }
 
-template <typename T>
-CLARA_HD T second_moment(T v, T grad, const MeasureCoefficients<T>& c) {
+template <typename V, typename T>
+CLARA_HD V second_moment(V v, V grad, const MeasureCoefficients<T>& c) {
   return c.beta2 * v + c.one_minus_beta2 * (grad * grad);
 }
 
 // Adam's step u. Under amsgrad the caller passes the running maximum as v.
-template <typename T>
-CLARA_HD T adam_direction(T m, T v, const DirectionCoefficients<T>& c) {
-  return (m * c.inverse_bias1) / (std::sqrt(v * c.inverse_bias2) + c.eps);
+template <typename V, typename T>
+CLARA_HD V adam_direction(V m, V v, const DirectionCoefficients<T>& c) {
+  return (m * c.inverse_bias1) / (square_root(v * c.inverse_bias2) + c.eps);
 }
 
-template <typename T>
-CLARA_HD T extended_path(T path, T direction, const MeasureCoefficients<T>& c) {
+template <typename V, typename T>
+CLARA_HD V extended_path(V path, V direction, const MeasureCoefficients<T>& c) {
   return c.path_decay * path + c.path_gain * direction;
 }
 
-template <typename T>
-CLARA_HD T updated_parameter(T param, T direction, const ApplyCoefficients<T>& c) {
-  return param - c.rate * (direction + c.decoupled_decay * param);
+template <typename V, typename T>
+CLARA_HD V updated_parameter(V param, V direction, const ApplyCoefficients<T>& c) {
+  return param - c.rate * with_decay(direction, c.decoupled_decay, param);
 }
 
 // Propagates NaN like torch.maximum, unlike fmax.
-template <typename T>
-CLARA_HD T running_maximum(T maximum, T v) {
-  return (maximum > v || maximum != maximum) ? maximum : v;
+template <typename V>
+CLARA_HD V running_maximum(V maximum, V v) {
+  return maximum > v ? maximum : (maximum == maximum ? v : maximum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -193,5 +206,24 @@ CLARA_HD float adapted_scale(float scale, double path_sq, double expected_path_s
   next = next < options.scale_low ? options.scale_low : (next > options.scale_high ? options.scale_high : next);
   return static_cast<float>(next);
 }
+
+// Note [Order-free sums]: AdamClaraGlobal adds the norms of all tensors. So that mu does not depend on the order of the
+// parameters, not even in its last bit, the norms are added as integers: multiples of a unit that is chosen from the
+// largest of them (a maximum does not depend on the order either) such that `count` of them cannot overflow. What is
+// lost is below 2^-40 of the largest for a million tensors.
+//
+// The power of two that turns a value of at most `largest` into such an integer.
+CLARA_HD double fixed_point_scale(double largest, int64_t count) {
+  int exponent = 0;
+  std::frexp(largest, &exponent);  // largest < 2^exponent
+  int count_bits = 0;
+  while ((int64_t(1) << count_bits) < count) ++count_bits;
+  const int shift = 62 - count_bits - exponent;
+  return std::ldexp(1.0, shift < 1000 ? shift : 1000);
+}
+
+CLARA_HD int64_t to_fixed_point(double value, double scale) { return static_cast<int64_t>(value * scale); }
+
+CLARA_HD double from_fixed_point(int64_t sum, double scale) { return static_cast<double>(sum) / scale; }
 
 }  // namespace clara

@@ -2,7 +2,8 @@
 //
 // Note [Chunks]: a tensor of n elements has ceil(n / chunk) chunks; a chunk is the unit of work of one CUDA block or
 // one CPU task, and leaves one partial sum of path^2. Chunk borders depend on nothing but n, so the norms are bitwise
-// the same for any number of threads, any order of tensors and any placement of blocks.
+// the same for any number of threads, any order of tensors and any placement of blocks. (The back ends differ in the
+// size of a chunk, so their norms differ in the last bits.)
 #pragma once
 
 #include <cstdint>
@@ -50,6 +51,7 @@ struct TensorList {
   const float* found_inf;   // null or *found_inf == 0: take the step; else change nothing
   DType param_dtype, grad_dtype, path_dtype;
   Variant variant;
+  int32_t deferred;  // measure also applies, with the scales from before
 };
 
 }  // namespace clara

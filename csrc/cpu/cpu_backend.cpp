@@ -1,0 +1,331 @@
+#include "cpu_backend.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "kernels.h"
+#include "team.h"
+
+namespace clara {
+namespace cpu {
+namespace {
+
+// A tensor up to this size is measured, adapted and applied by one thread: all of it is still in that thread's cache.
+constexpr int64_t kMaxOwnTensor = 65536;
+// Elements that are worth handing to a thread at once.
+constexpr int64_t kTaskElements = 16384;
+
+bool skipped(const TensorList& list) { return list.found_inf != nullptr && *list.found_inf != 0.0f; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// One chunk of one tensor
+// ---------------------------------------------------------------------------------------------------------------
+
+int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kBFloat16: return 2;
+    case DType::kFloat16: return 2;
+    case DType::kFloat64: return 8;
+  }
+  return 0;
+}
+
+void* advanced(void* pointer, int64_t elements, DType dtype) {
+  return pointer == nullptr ? nullptr : static_cast<char*>(pointer) + elements * element_size(dtype);
+}
+
+// The operations on a list for its arithmetic type T, with the loops that serve its storage types.
+template <typename T>
+class Worker {
+ public:
+  explicit Worker(const TensorList& list)
+      : list_(list), kernels_(best_kernels()), apply_(kernels_.apply(list.param_dtype)) {}
+
+  void measure(int64_t tensor, int64_t first_chunk, int64_t last_chunk) const {
+    const TensorRecord& record = list_.tensors[tensor];
+    const GroupOptions& options = list_.groups[record.group];
+    const T step = static_cast<T>(*record.step) + T(1);
+    const auto measure_with = measure_coefficients<T>(options, step, list_.grad_scale);
+    const auto apply_with = list_.deferred ? apply_coefficients<T>(options, step, *record.lr_scale)
+                                           : ApplyCoefficients<T>{};
+    const MeasureMode mode = list_.deferred                        ? MeasureMode::kApply
+                             : measure_with.coupled_decay != T(0) ? MeasureMode::kCoupled
+                                                                  : MeasureMode::kPlain;
+    const MeasureChunk loop = kernels_.measure(list_.param_dtype, list_.grad_dtype, list_.path_dtype, mode,
+                                               record.max_exp_avg_sq != nullptr);
+    double* partial_sums = static_cast<double*>(list_.partial_sums) + record.first_chunk;
+    for (int64_t i = first_chunk; i < last_chunk; ++i) {
+      partial_sums[i] = loop(chunk(tensor, i), &measure_with, &apply_with);
+    }
+  }
+
+  // After adapt has counted the step.
+  void apply_backwards(int64_t tensor, int64_t first_chunk, int64_t last_chunk) const {
+    const TensorRecord& record = list_.tensors[tensor];
+    const auto apply_with =
+        apply_coefficients<T>(list_.groups[record.group], static_cast<T>(*record.step), *record.lr_scale);
+    for (int64_t i = last_chunk - 1; i >= first_chunk; --i) apply_(chunk(tensor, i), &apply_with);
+  }
+
+ private:
+  Chunk chunk(int64_t tensor, int64_t index) const {
+    constexpr DType kMoments = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+    const TensorRecord& record = list_.tensors[tensor];
+    const int64_t first = index * kChunk;
+    return {advanced(record.param, first, list_.param_dtype),
+            advanced(const_cast<void*>(list_.grads[tensor]), first, list_.grad_dtype),
+            advanced(record.exp_avg, first, kMoments),
+            advanced(record.exp_avg_sq, first, kMoments),
+            advanced(record.max_exp_avg_sq, first, kMoments),
+            advanced(record.path, first, list_.path_dtype),
+            std::min(kChunk, record.numel - first)};
+  }
+
+  const TensorList& list_;
+  const Kernels& kernels_;
+  const ApplyChunk apply_;
+};
+
+// Calls work(worker) with the worker of the list's arithmetic type.
+template <typename Work>
+void with_worker(const TensorList& list, Work work) {
+  if (list.param_dtype == DType::kFloat64) {
+    work(Worker<double>(list));
+  } else {
+    work(Worker<float>(list));
+  }
+}
+
+// Runs body(member, size) on each member of a team.
+template <typename Body>
+void run_on_team(int threads, Body body) {
+  run_team(
+      threads, [](void* context, int member, int size) { (*static_cast<Body*>(context))(member, size); }, &body);
+}
+
+template <typename T>
+void measure_span(const Worker<T>& worker, const TensorList& list, const Schedule::Span& span) {
+  if (span.last_tensor - span.first_tensor == 1) {
+    worker.measure(span.first_tensor, span.first_chunk, span.last_chunk);
+    return;
+  }
+  for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) worker.measure(i, 0, chunks_of(list.tensors[i].numel));
+}
+
+template <typename T>
+void apply_span(const Worker<T>& worker, const TensorList& list, const Schedule::Span& span) {
+  if (span.last_tensor - span.first_tensor == 1) {
+    worker.apply_backwards(span.first_tensor, span.first_chunk, span.last_chunk);
+    return;
+  }
+  for (int64_t i = span.last_tensor - 1; i >= span.first_tensor; --i) {
+    worker.apply_backwards(i, 0, chunks_of(list.tensors[i].numel));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Scalars
+// ---------------------------------------------------------------------------------------------------------------
+
+PathSums reduced(const TensorList& list, int64_t tensor) {
+  const TensorRecord& record = list.tensors[tensor];
+  const double* partial_sums = static_cast<const double*>(list.partial_sums) + record.first_chunk;
+  const double path_sq = std::accumulate(partial_sums, partial_sums + chunks_of(record.numel), 0.0);
+  const int64_t step = static_cast<int64_t>(*record.step) + 1;
+  const double kappa = random_walk_reference(list.groups[record.group].reference, step);
+  return {path_sq, static_cast<double>(record.numel) * kappa};
+}
+
+void adapt_own(const TensorList& list, int64_t tensor, const PathSums& sums) {
+  const TensorRecord& record = list.tensors[tensor];
+  *record.lr_scale =
+      adapted_scale(*record.lr_scale, sums.path_sq, sums.expected_path_sq, list.groups[record.group]);
+}
+
+void count_step(const TensorList& list, int64_t tensor) { *list.tensors[tensor].step += 1.0f; }
+
+double order_free_sum(const PathSums* sums, int64_t count, double PathSums::*member) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = sums[i].*member;
+    if (!std::isfinite(value)) return value;
+    largest = std::max(largest, value);
+  }
+  const double scale = fixed_point_scale(largest, count);
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += to_fixed_point(sums[i].*member, scale);
+  return from_fixed_point(total, scale);
+}
+
+void adapt_global(const TensorList& list) {
+  reduce(list);
+  const double path_sq = order_free_sum(list.sums, list.count, &PathSums::path_sq);
+  const double expected = order_free_sum(list.sums, list.count, &PathSums::expected_path_sq);
+  adapt_own(list, 0, {path_sq, expected});
+  for (int64_t i = 0; i < list.count; ++i) count_step(list, i);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Whole steps
+// ---------------------------------------------------------------------------------------------------------------
+
+// Measure everything, adapt, then apply everything (not under `deferred`, where measure has).
+template <typename T>
+void step_in_two_passes(const Worker<T>& worker, const TensorList& list, const Schedule& schedule) {
+  const std::vector<Schedule::Span>& spans = schedule.spans();
+  const auto count = static_cast<int64_t>(spans.size());
+  Shares to_measure(schedule.threads()), to_apply(schedule.threads());
+  to_measure.deal(0, count);
+  to_apply.deal(0, count);
+  Barrier barrier;
+  run_on_team(schedule.threads(), [&](int member, int size) {
+    to_measure.work(member, [&](int64_t i) { measure_span(worker, list, spans[i]); });
+    barrier.arrive_and_wait(size, [&] {
+      if (list.variant == Variant::kGlobal) {
+        adapt_global(list);
+      } else {
+        for (int64_t i = 0; i < list.count; ++i) {
+          adapt_own(list, i, reduced(list, i));
+          count_step(list, i);
+        }
+      }
+    });
+    if (list.deferred) return;
+    to_apply.work_backwards(member, [&](int64_t i) { apply_span(worker, list, spans[i]); });
+  });
+}
+
+// Local and Smoothed: tensor by tensor, so that apply finds in the cache what measure left there.
+template <typename T>
+void step_tensor_by_tensor(const Worker<T>& worker, const TensorList& list, const Schedule& schedule) {
+  const std::vector<int64_t>& shared = schedule.shared_tensors();
+  const auto shared_count = static_cast<int64_t>(shared.size());
+  const auto chunks_of_shared = [&](int64_t i) {
+    return i < shared_count ? chunks_of(list.tensors[shared[static_cast<size_t>(i)]].numel) : 0;
+  };
+  const auto adapt_and_count = [&](int64_t tensor) {
+    adapt_own(list, tensor, reduced(list, tensor));
+    count_step(list, tensor);
+  };
+  Shares to_measure(schedule.threads()), to_apply(schedule.threads());
+  Shares tasks(1);  // one queue: largest tensors first keeps the members busy to the end
+  to_measure.deal(0, chunks_of_shared(0));
+  tasks.deal(0, static_cast<int64_t>(schedule.tasks().size()));
+  Barrier barrier;
+  run_on_team(schedule.threads(), [&](int member, int size) {
+    for (int64_t i = 0; i < shared_count; ++i) {
+      const int64_t tensor = shared[static_cast<size_t>(i)];
+      to_measure.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1); });
+      barrier.arrive_and_wait(size, [&] {
+        adapt_and_count(tensor);
+        // Nobody is at work on either: all have measured this tensor and applied the one before it.
+        to_apply.deal(0, chunks_of_shared(i));
+        to_measure.deal(0, chunks_of_shared(i + 1));
+      });
+      to_apply.work_backwards(member, [&](int64_t chunk) { worker.apply_backwards(tensor, chunk, chunk + 1); });
+    }
+    tasks.work(member, [&](int64_t task) {
+      const Schedule::Range& range = schedule.tasks()[static_cast<size_t>(task)];
+      for (int64_t i = range.first; i < range.last; ++i) {
+        const int64_t tensor = schedule.own_tensors()[static_cast<size_t>(i)];
+        const int64_t chunks = chunks_of(list.tensors[tensor].numel);
+        worker.measure(tensor, 0, chunks);
+        adapt_and_count(tensor);
+        worker.apply_backwards(tensor, 0, chunks);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+bool supports(DType param, DType grad, DType path) {
+  return best_kernels().measure(param, grad, path, MeasureMode::kPlain, false) != nullptr;
+}
+
+Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads) : threads_(std::max(threads, 1)) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += tensors[i].numel;
+  // Few enough elements for one task: a second thread would cost more than it saves.
+  if (total <= kTaskElements) threads_ = 1;
+
+  for (int64_t i = 0; i < count;) {
+    int64_t elements = tensors[i].numel, last = i + 1;
+    if (elements >= kTaskElements) {
+      for (int64_t chunk = 0; chunk < chunks_of(elements); ++chunk) spans_.push_back({i, i + 1, chunk, chunk + 1});
+    } else {
+      while (last < count && elements + tensors[last].numel <= kTaskElements) elements += tensors[last++].numel;
+      spans_.push_back({i, last, 0, chunks_of(tensors[i].numel)});
+    }
+    i = last;
+  }
+
+  // A tensor is shared where handing it to one thread could leave the others idle for long.
+  const int64_t max_own = std::max(kMaxOwnTensor, total / (8 * threads_));
+  for (int64_t i = 0; i < count; ++i) {
+    const bool shared = threads_ > 1 && tensors[i].numel > max_own;
+    (shared ? shared_tensors_ : own_tensors_).push_back(i);
+  }
+  std::stable_sort(own_tensors_.begin(), own_tensors_.end(),
+                   [&](int64_t a, int64_t b) { return tensors[a].numel > tensors[b].numel; });
+  const auto own_count = static_cast<int64_t>(own_tensors_.size());
+  for (int64_t first = 0; first < own_count;) {
+    int64_t elements = 0, last = first;
+    while (last < own_count && (last == first || elements < kTaskElements)) {
+      elements += tensors[own_tensors_[static_cast<size_t>(last++)]].numel;
+    }
+    tasks_.push_back({first, last});
+    first = last;
+  }
+}
+
+void measure(const TensorList& list, const Schedule& schedule) {
+  if (skipped(list)) return;
+  with_worker(list, [&](const auto& worker) {
+    Shares shares(schedule.threads());
+    shares.deal(0, static_cast<int64_t>(schedule.spans().size()));
+    run_on_team(schedule.threads(), [&](int member, int) {
+      shares.work(member, [&](int64_t i) { measure_span(worker, list, schedule.spans()[static_cast<size_t>(i)]); });
+    });
+  });
+}
+
+void reduce(const TensorList& list) {
+  if (skipped(list)) return;
+  for (int64_t i = 0; i < list.count; ++i) list.sums[i] = reduced(list, i);
+}
+
+void adapt(const TensorList& list, const PathSums* sums) {
+  if (skipped(list)) return;
+  for (int64_t i = 0; i < list.count; ++i) {
+    if (sums != nullptr) adapt_own(list, i, sums[i]);
+    count_step(list, i);
+  }
+}
+
+void apply(const TensorList& list, const Schedule& schedule) {
+  if (skipped(list) || list.deferred) return;
+  with_worker(list, [&](const auto& worker) {
+    Shares shares(schedule.threads());
+    shares.deal(0, static_cast<int64_t>(schedule.spans().size()));
+    run_on_team(schedule.threads(), [&](int member, int) {
+      shares.work_backwards(member,
+                            [&](int64_t i) { apply_span(worker, list, schedule.spans()[static_cast<size_t>(i)]); });
+    });
+  });
+}
+
+void step(const TensorList& list, const Schedule& schedule) {
+  if (skipped(list) || list.count == 0) return;
+  with_worker(list, [&](const auto& worker) {
+    if (list.variant == Variant::kGlobal || list.deferred) {
+      step_in_two_passes(worker, list, schedule);
+    } else {
+      step_tensor_by_tensor(worker, list, schedule);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace clara
