@@ -1,0 +1,1 @@
+"""What the benchmark programs share: models, contenders, clocks, statistics and reports."""

@@ -1,0 +1,125 @@
+"""Timing of steps on the CPU and on CUDA devices, and the bandwidth that simple loops reach there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+CPU_STREAM_BYTES = 512 << 20
+CUDA_STREAM_BYTES = 1 << 30
+
+Step = Callable[[], Any]
+
+
+class Clock(Protocol):
+    """Times calls on one device. Keeps memory of its own only while it exists."""
+
+    min_sample_seconds: float
+    """A sample is made of as many steps as fill this time."""
+
+    def seconds_per_step(self, step: Step, steps: int) -> float:
+        """Mean time of `steps` calls in a row."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+
+class CpuClock:
+    min_sample_seconds = 0.02
+
+    def __init__(self, flush_cache: bool = False) -> None:
+        # Larger than any last-level cache of one socket.
+        self._scratch = torch.zeros(CPU_STREAM_BYTES, dtype=torch.uint8) if flush_cache else None
+
+    def seconds_per_step(self, step: Step, steps: int) -> float:
+        if self._scratch is None:
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            return (time.perf_counter() - started) / steps
+        seconds = 0.0
+        for _ in range(steps):
+            self._scratch.add_(1)
+            started = time.perf_counter()
+            step()
+            seconds += time.perf_counter() - started
+        return seconds / steps
+
+    def synchronize(self) -> None:
+        pass
+
+
+class CudaClock:
+    """CUDA events around every step.
+
+    With `flush_cache`, four times the L2 cache is overwritten before each step, outside the events. The step then
+    finds its tensors in memory, as after a backward pass, and the host has time to launch it meanwhile: what is
+    measured is the device's time, plus the waiting for a host that is slower than the device.
+    """
+
+    min_sample_seconds = 0.005
+
+    def __init__(self, device: torch.device, flush_cache: bool = True) -> None:
+        self._device = device
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._scratch = torch.zeros(4 * l2_bytes, dtype=torch.uint8, device=device) if flush_cache else None
+
+    def seconds_per_step(self, step: Step, steps: int) -> float:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
+        for start, end in events:
+            if self._scratch is not None:
+                self._scratch.zero_()
+            start.record()
+            step()
+            end.record()
+        self.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / steps / 1e3
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+def make_clock(device: torch.device, flush_cache: bool | None = None) -> Clock:
+    """The device's clock; `flush_cache` None: flushed on CUDA, kept on the CPU.
+
+    A CPU's last-level cache is small against the lists of large tensors, and may belong to other users as well.
+    """
+    if device.type == "cuda":
+        return CudaClock(device, flush_cache is not False)
+    return CpuClock(flush_cache is True)
+
+
+def graphed(step: Step, device: torch.device) -> Step:
+    """The step captured in a CUDA graph; call it after warm-up steps. Returns what replays it."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class StreamLoops:
+    """The simplest loops over memory: a copy and an in-place update, both read and write each byte once.
+
+    An optimizer updates in place. On a CPU that is faster than a copy, which first fetches the lines that it
+    overwrites; so achieved bandwidth is told as a share of the faster loop.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = CUDA_STREAM_BYTES if device.type == "cuda" else CPU_STREAM_BYTES
+        self._source = torch.ones(size // 4, dtype=torch.float32, device=device)
+        self._target = torch.zeros_like(self._source)
+        self.moved_bytes = 2 * size
+
+    def steps(self) -> dict[str, Step]:
+        return {"copy": self._copy, "in-place": self._update}
+
+    def _copy(self) -> Tensor:
+        return self._target.copy_(self._source)
+
+    def _update(self) -> Tensor:
+        return self._source.mul_(1.0)

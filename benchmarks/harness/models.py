@@ -1,0 +1,112 @@
+"""Parameter lists shaped like real models: an optimizer's cost depends on nothing else of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Name and parameter shapes of a model."""
+
+    name: str
+    description: str
+    shapes: tuple[Shape, ...]
+
+    @cached_property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def parameters(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
+        """Random parameters with random gradients, float32 or as `dtype`."""
+        generator = torch.Generator(device).manual_seed(seed)
+        params = []
+        for shape in self.shapes:
+            param = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator)
+            param.requires_grad_()
+            param.grad = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.01, generator=generator)
+            params.append(param)
+        return params
+
+
+def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> tuple[Shape, ...]:
+    """GPT-2: learned positions, biases everywhere, output tied to the embedding."""
+    block: list[Shape] = [
+        (width,), (width,),  # layer norm
+        (width, 3 * width), (3 * width,), (width, width), (width,),  # attention
+        (width,), (width,),  # layer norm
+        (width, 4 * width), (4 * width,), (4 * width, width), (width,),  # perceptron
+    ]  # fmt: skip
+    return ((vocabulary, width), (context, width), *(block * layers), (width,), (width,))
+
+
+def llama(
+    layers: int, width: int, hidden: int, key_value_width: int, vocabulary: int, tied: bool
+) -> tuple[Shape, ...]:
+    """Llama 3: grouped-query attention, gated perceptron, RMS norms, no biases."""
+    block: list[Shape] = [
+        (width, width), (key_value_width, width), (key_value_width, width), (width, width),  # q, k, v, output
+        (hidden, width), (hidden, width), (width, hidden),  # gate, up, down
+        (width,), (width,),  # norms
+    ]  # fmt: skip
+    head: list[Shape] = [] if tied else [(vocabulary, width)]
+    return ((vocabulary, width), *(block * layers), (width,), *head)
+
+
+def resnet50(classes: int = 1000) -> tuple[Shape, ...]:
+    """ResNet-50: bottleneck blocks of three convolutions with a batch norm (weight and bias) behind each."""
+    shapes: list[Shape] = []
+
+    def convolution(inputs: int, outputs: int, kernel: int) -> None:
+        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
+
+    convolution(3, 64, 7)
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolution(channels, width, 1)
+            convolution(width, width, 3)
+            convolution(width, 4 * width, 1)
+            if block == 0:
+                convolution(channels, 4 * width, 1)
+            channels = 4 * width
+    shapes.extend([(classes, channels), (classes,)])
+    return tuple(shapes)
+
+
+MODELS: dict[str, ModelShapes] = {
+    model.name: model
+    for model in (
+        ModelShapes("gpt2-small", "GPT-2 small", gpt2(12, 768)),
+        ModelShapes("gpt2-xl", "GPT-2 XL", gpt2(48, 1600)),
+        ModelShapes("llama-1b", "Llama 3.2 1B", llama(16, 2048, 8192, 512, 128256, tied=True)),
+        ModelShapes("llama-8b", "Llama 3.1 8B", llama(32, 4096, 14336, 1024, 128256, tied=False)),
+        ModelShapes("resnet50", "ResNet-50", resnet50()),
+        ModelShapes("small-1000x64", "1000 tensors of 64", ((64,),) * 1000),
+        ModelShapes("small-148x64", "148 tensors of 64", ((64,),) * 148),
+        ModelShapes("one-100m", "one tensor of 100 M", ((100_000_000,),)),
+        ModelShapes("one-350m", "one tensor of 350 M", ((350_000_000,),)),
+    )
+}
+
+DEFAULT_MODELS = {
+    "cpu": ("gpt2-small", "resnet50", "one-100m", "small-1000x64", "small-148x64"),
+    "cuda": ("gpt2-small", "gpt2-xl", "llama-1b", "llama-8b", "resnet50", "one-350m", "small-1000x64"),
+}
+
+
+def small_tensors(count: int, elements: int = 64) -> ModelShapes:
+    """`count` tensors so small that only the cost per tensor is left."""
+    return ModelShapes(f"small-{count}x{elements}", f"{count} tensors of {elements}", ((elements,),) * count)
+
+
+def total_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,93 @@
+"""Command-line options, JSON files and terminal tables that the benchmark programs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from harness.environment import REPOSITORY, describe_environment
+
+DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
+NOTHING_MEASURED = 3
+SCHEMA_VERSION = 1
+
+console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1 ...; default here: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="for JSON and plots; default: %(default)s"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch and the core; default: PyTorch's")
+
+
+def usable_device(args: argparse.Namespace) -> torch.device:
+    """The device asked for, made current; exits with status 3 if this machine lacks it."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            console.print(f"skipped: --device {args.device}, but PyTorch finds no usable CUDA device")
+            raise SystemExit(NOTHING_MEASURED)
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def checked_choices(kind: str, known: Any) -> Callable[[str], str]:
+    """A type for argparse whose error names the known values."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise argparse.ArgumentTypeError(f"no {kind} {value!r}; there are {', '.join(map(str, known))}")
+        return value
+
+    return check
+
+
+def write_json(path: Path, benchmark: str, device: torch.device, settings: dict[str, Any], **content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "benchmark": benchmark,
+        "schema": SCHEMA_VERSION,
+        "device": device.type,
+        **describe_environment(device),
+        "settings": settings,
+        **content,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console.print(f"results: {path}")
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    return made
+
+
+def duration(seconds: float) -> str:
+    """With three digits and a fitting unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def bytes_text(count: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"

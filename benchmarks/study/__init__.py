@@ -1,0 +1,1 @@
+"""The learning-rate study: tasks, optimizers, runs, what is measured, figures."""

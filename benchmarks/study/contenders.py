@@ -1,0 +1,123 @@
+"""The optimizers of the study by name, each built from an initial learning rate and the number of steps.
+
+Optimizers without a learning rate (Prodigy, D-Adaptation) get the initial rate as their first estimate d0: it plays the
+same part.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clara_fused
+
+COSINE_WEIGHT_DECAY = 0.01
+
+VARIANTS: dict[str, type[clara_fused.AdamClara]] = {
+    "global": clara_fused.AdamClaraGlobal,
+    "local": clara_fused.AdamClaraLocal,
+    "smoothed": clara_fused.AdamClaraSmoothed,
+}
+
+
+@dataclass
+class Trainer:
+    """An optimizer, its schedule if it has one, and the rates in force."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+
+    def step(self) -> None:
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def rates(self) -> Tensor:
+        """Learning rate in force per parameter tensor, [tensors]."""
+        if isinstance(self.optimizer, clara_fused.AdamClara):
+            return torch.cat(self.optimizer.effective_lrs())
+        return torch.tensor(
+            [
+                float(group.get("d", 1.0)) * float(group["lr"])  # d: the estimate of Prodigy and D-Adaptation
+                for group in self.optimizer.param_groups
+                for _ in group["params"]
+            ]
+        )
+
+    def evaluation_mode(self, on: bool) -> None:
+        """Schedule-free optimizers evaluate at another point than they differentiate at."""
+        switch = getattr(self.optimizer, "eval" if on else "train", None)
+        if switch is not None:
+            switch()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`options` goes into the key of a run: other options are another run."""
+
+    name: str
+    label: str
+    build: Callable[[Sequence[Tensor], float, int], Trainer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _adamw_with_cosine(params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=COSINE_WEIGHT_DECAY)
+    return Trainer(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps))
+
+
+def _peer(module: str, class_name: str, lr_argument: str, params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
+    return Trainer(getattr(importlib.import_module(module), class_name)(params, **{lr_argument: lr}))
+
+
+def clara(variant: str, **options: Any) -> Contender:
+    """A variant with some options changed. Its key holds all options, so that a changed default is another run."""
+    cls = VARIANTS[variant]
+
+    def build(params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
+        return Trainer(cls(params, lr=lr, **options))
+
+    in_force = dict(cls([torch.zeros(1)], **options).defaults)
+    del in_force["lr"]
+    suffix = "".join(f",{name}={_short(value)}" for name, value in options.items())
+    return Contender(variant + suffix, cls.__name__ + suffix, build, {name: repr(v) for name, v in in_force.items()})
+
+
+def _short(value: Any) -> str:
+    return "-".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+AS_PUBLISHED = {"accumulate": False, "reference": 1.0, "damping": 1.0}
+
+
+def _renamed(name: str, label: str, contender: Contender) -> Contender:
+    return Contender(name, label, contender.build, contender.options)
+
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender("adam", "Adam", lambda params, lr, steps: Trainer(torch.optim.Adam(params, lr=lr))),
+        Contender(
+            "adamw-cosine", "AdamW, cosine", _adamw_with_cosine, {"weight_decay": COSINE_WEIGHT_DECAY}
+        ),
+        *(clara(variant) for variant in VARIANTS),
+        Contender("prodigy", "Prodigy", partial(_peer, "prodigyopt", "Prodigy", "d0")),
+        Contender("dadaptation", "D-Adaptation", partial(_peer, "dadaptation", "DAdaptAdam", "d0")),
+        Contender("schedulefree", "Schedule-free AdamW", partial(_peer, "schedulefree", "AdamWScheduleFree", "lr")),
+        *(
+            _renamed(f"{variant}-published", f"{variant.capitalize()} as first published", clara(variant, **AS_PUBLISHED))
+            for variant in VARIANTS
+        ),
+        *(
+            _renamed(f"{variant}-deferred", f"{variant.capitalize()} deferred", clara(variant, deferred=True))
+            for variant in VARIANTS
+        ),
+    )
+}
