@@ -139,7 +139,7 @@ def measure(
 
 
 def linear_costs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cost per step and per tensor of every optimizer: a line through its medians, by least squares of relative error."""
+    """Cost per step and per tensor of every optimizer: a line through its medians, fitted to their relative errors."""
     costs = []
     for name in dict.fromkeys(row["optimizer"] for row in results):
         rows = [row for row in results if row["optimizer"] == name]
@@ -161,12 +161,12 @@ def linear_costs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_results(results: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
-    made = table("Host time per step by number of tensors", "optimizer", *(str(count) for count in counts), "per tensor")
+    made = table("Host time per step by number of tensors", "optimizer", *map(str, counts), "per tensor")
     for cost in linear_costs(results) or [{"optimizer": row["optimizer"], "label": row["label"]} for row in results]:
         rows = {row["tensors"]: row for row in results if row["optimizer"] == cost["optimizer"]}
         cells = [
-            f"{duration(rows[count]['seconds']['median'])} ({rows[count]['ratio']['median']:.2f}×)" if count in rows else ""
-            for count in counts
+            f"{duration(row['seconds']['median'])} ({row['ratio']['median']:.2f}×)" if row else ""
+            for row in map(rows.get, counts)
         ]
         per_tensor = duration(cost["seconds_per_tensor"]) if "seconds_per_tensor" in cost else ""
         style = "bold" if CONTENDERS[cost["optimizer"]].runs_core else None

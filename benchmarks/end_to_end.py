@@ -41,8 +41,8 @@ from harness.statistics import measure_interleaved, ratios, summarize
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-from training.data import TextData  # noqa: E402
-from training.models import CharGPT  # noqa: E402
+from training.data import TextData
+from training.models import CharGPT
 
 WARM_UP_STEPS = 3
 

@@ -2,7 +2,7 @@
 """Time per optimizer step on parameter lists of real models, against the optimizers one could use instead.
 
     python benchmarks/step_time.py
-    python benchmarks/step_time.py --models gpt2-small --dtypes float32 --optimizers adam-fused smoothed smoothed@pytorch
+    python benchmarks/step_time.py --models gpt2-small --dtypes float32 --optimizers adam-foreach smoothed
     python benchmarks/step_time.py --device cuda --graph
 
 All optimizers of a model step the same parameters in one process, in rounds of random order; ratios are taken round by
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from harness import plots
-from harness.clocks import Clock, Step, StreamLoops, graphed, make_clock
+from harness.clocks import Step, StreamLoops, graphed, make_clock
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, Contender, Unavailable
 from harness.environment import available_memory
 from harness.memory import peak_extra_bytes
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=200, help="at most; default: %(default)s")
     add("--graph", action="store_true", help="replay every step from a CUDA graph")
     add("--cache", choices=["flushed", "kept"],
-        help="overwrite the device's cache before each step, or not; default: flushed on CUDA, kept on the CPU")  # fmt: skip
+        help="overwrite the cache before each step, or not; default: flushed on CUDA, kept on the CPU")  # fmt: skip
     add("--no-plots", action="store_true")
     return parser
 
@@ -157,7 +157,8 @@ class Run:
                 continue
             needed = state_bytes(contender)
             if state_bytes(baseline) + needed > budget:
-                self.skip(contender, f"not enough memory: about {bytes_text(needed + self.model.elements * per_element)}")
+                needed += self.model.elements * per_element
+                self.skip(contender, f"not enough memory, {bytes_text(needed)} are needed")
                 continue
             if used + needed > budget:
                 yield group
@@ -273,8 +274,8 @@ def captured(step: Callable[[], Any], device: torch.device) -> Step:
 
 def first_sentence(error: Exception) -> str:
     """Enough of an error to know why; compilers and drivers append pages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__ if not isinstance(error, Unavailable) else ''}: {lines[0] if lines else ''}".lstrip(": ")
+    first_line = str(error).strip().partition("\n")[0]
+    return first_line if isinstance(error, Unavailable) else f"{type(error).__name__}: {first_line}"
 
 
 def print_model(outcome: Outcome, model: ModelShapes, dtype: str) -> None:

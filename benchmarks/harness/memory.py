@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness.clocks import Step
 
-
 # The profiler's library announces every start and stop on stderr, unless told that only errors matter.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 

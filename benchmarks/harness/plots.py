@@ -11,11 +11,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from harness.environment import short_name  # noqa: E402
+from harness.environment import short_name
 
 OURS = "#1b6ca8"
 OURS_DEFERRED = "#6db1e0"
@@ -132,13 +132,15 @@ def roofline(document: dict[str, Any]) -> Figure:
     axis.set_ylim(0, 3 * fastest_time)
     for key, marker in markers.items():
         axis.scatter([], [], marker=marker, color="black", s=30, label=", ".join(key))
-    for label, color in (
-        ("torch Adam fused", BASELINE_COLOR), ("AdamClara", OURS), ("AdamClara deferred", OURS_DEFERRED), ("others", OTHERS)
-    ):  # fmt: skip
+    colors = {
+        "torch Adam fused": BASELINE_COLOR, "AdamClara": OURS, "AdamClara deferred": OURS_DEFERRED, "others": OTHERS
+    }  # fmt: skip
+    for label, color in colors.items():
         axis.scatter([], [], marker="s", color=color, s=30, label=label)
     above = sum(row["seconds"]["median"] / row["elements"] * 1e9 > 3 * fastest_time for row in rows)
     if above:
-        axis.text(0.99, 0.98, f"{above} slower ones lie above", transform=axis.transAxes, ha="right", va="top", fontsize=8)
+        note = f"{above} slower ones lie above"
+        axis.text(0.99, 0.98, note, transform=axis.transAxes, ha="right", va="top", fontsize=8)
     axis.set_xlim(0, most_bytes)
     axis.set_xlabel("bytes per element that must move")
     axis.set_ylabel("ns per element")
@@ -172,6 +174,7 @@ def plot_cpu_overhead(path: Path, folder: Path) -> Path:
         height = max(time, height * 1.32)
         axis.annotate(label, (last, time), xytext=(last * 1.15, height), fontsize=7, color=color, va="center")
     axis.set_xlim(right=last * 12)
+    axis.set_ylim(top=2 * height)
     axis.set_xlabel("tensors")
     axis.set_ylabel("host time per step, µs")
     axis.grid(alpha=0.2)

@@ -22,7 +22,7 @@ SLOW_EVERY = 4
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and spread of samples; `error` is the half width of a 95% interval of the median, from order statistics."""
+    """Median and spread of samples; `error` is half the width of the median's 95% interval, from order statistics."""
 
     median: float
     quartile_low: float
