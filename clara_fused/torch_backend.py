@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import adaptation
 from .batches import StepInputs, TensorWork, moved
 from .options import GroupOptions, Variant
+from .profiling import profiler_range
 from .state import moment_dtype
 
 # Arithmetic-dtype temporaries alive at once per element of a chunk: direction and denominator or scaled gradient,
@@ -137,6 +139,13 @@ class TorchBatch:
 
     def measure(self) -> Tensor:
         """See `batches.Batch.measure`."""
+        with self._profiled("measure_and_apply" if self.options.deferred else "measure"):
+            return self._measure()
+
+    def _profiled(self, verb: str) -> AbstractContextManager[Any]:
+        return profiler_range(verb, self.variant, len(self.works))
+
+    def _measure(self) -> Tensor:
         norms: list[list[Tensor]] = [[] for _ in self.works]
         for chunk in self._chunks():
             for row, norm in zip(chunk.rows, self._measure_chunk(chunk), strict=True):
@@ -200,9 +209,10 @@ class TorchBatch:
     def adapt(self, sums: Tensor | None) -> None:
         """See `batches.Batch.adapt`."""
         states = [work.state for work in self.works]
-        if sums is not None:
-            self._write([state["lr_scale"] for state in states], self._adapted_scales(sums))
-        self._write([state["step"] for state in states], self._step_numbers)
+        with self._profiled("adapt"):
+            if sums is not None:
+                self._write([state["lr_scale"] for state in states], self._adapted_scales(sums))
+            self._write([state["step"] for state in states], self._step_numbers)
 
     def _adapted_scales(self, sums: Tensor) -> Tensor:
         scales = torch.stack([work.state["lr_scale"] for work in self.works])
@@ -218,9 +228,10 @@ class TorchBatch:
         """See `batches.Batch.apply`."""
         if self.options.deferred:
             return
-        for chunk in self._chunks():
-            with _undone_if(self.found_inf, chunk.params):
-                self._move_params(chunk, self._direction(chunk))
+        with self._profiled("apply"):
+            for chunk in self._chunks():
+                with _undone_if(self.found_inf, chunk.params):
+                    self._move_params(chunk, self._direction(chunk))
 
     def _move_params(self, chunk: Chunk, direction: list[Tensor]) -> None:
         """theta <- theta - lr mu (u + lambda theta); consumes `direction`."""
