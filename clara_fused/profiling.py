@@ -19,8 +19,8 @@ def profiler_range(verb: str, variant: Variant, tensors: int) -> AbstractContext
     # Under torch.compile a range would break the graph.
     if torch.compiler.is_compiling():
         return nullcontext()
-    recorded = torch.autograd._profiler_enabled()
-    if not recorded and not torch.cuda.is_initialized():
+    recorded = torch.autograd.profiler._is_profiler_enabled
+    if not recorded and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return nullcontext()
     name = f"clara.{verb} ({variant.value}, {tensors} tensors)"
     return torch.profiler.record_function(name) if recorded else torch.cuda.nvtx.range(name)
