@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""The program that profile_nsys.sh and profile_ncu.sh run: a few steps of one optimizer, marked for the profiler.
+
+    python benchmarks/profile_target.py gpt2-small smoothed --steps 10
+
+Warm-up steps come first; recording runs from cudaProfilerStart to cudaProfilerStop, with an NVTX range `clara.step`
+around every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from harness.contenders import CONTENDERS, Unavailable
+from harness.models import MODELS
+from harness.report import NOTHING_MEASURED, checked_choices, console
+
+WARM_UP_STEPS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=checked_choices("model", MODELS), help=", ".join(MODELS))
+    parser.add_argument("variant", type=checked_choices("optimizer", CONTENDERS), help=", ".join(CONTENDERS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--steps", type=int, default=10, help="recorded; default: %(default)s")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        console.print("skipped: PyTorch finds no usable CUDA device")
+        return NOTHING_MEASURED
+
+    params = MODELS[args.model].parameters(getattr(torch, args.dtype), torch.device("cuda"))
+    contender = CONTENDERS[args.variant]
+    try:
+        step = contender.step_of(contender.build(params))
+    except Unavailable as error:
+        console.print(f"skipped: {error}")
+        return NOTHING_MEASURED
+    for _ in range(WARM_UP_STEPS):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for _ in range(args.steps):
+        with torch.cuda.nvtx.range("clara.step"):
+            step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
