@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -44,8 +43,12 @@ def name_of(dtype: torch.dtype) -> str:
 @cache
 def why_not_core(device: str, dtype: torch.dtype) -> str:
     """Empty if the compiled core serves tensors of this type, else the reason it gives."""
-    if importlib.util.find_spec("clara_fused._core") is None:
-        return "not built"
+    try:
+        from clara_fused.core_backend import core_status
+    except ImportError as error:
+        return str(error)
+    if reason := core_status(device, dtype):
+        return reason
     parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=device))
     parameter.grad = torch.ones_like(parameter)
     try:
