@@ -15,7 +15,7 @@ namespace cuda {
 // enough that a block spends its time on elements rather than on looking up its tensor.
 constexpr int64_t kChunk = 8192;
 
-constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+CLARA_HD constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // Whether there are kernels for this combination of storage types: float32, bfloat16 or float16 parameters, gradients
 // of the same type or float32, path float32 or bfloat16.

@@ -1,0 +1,195 @@
+// The kernels that touch every element: measure, measure-and-apply, apply. One block works on one chunk.
+//
+// They only move data; what they compute is in adam_clara.h. Bytes are the budget: all loads of a vector are issued
+// before the first is used, and the sum of path^2 comes from registers.
+#pragma once
+
+#include <cstdint>
+
+#include "block.cuh"
+#include "cuda_backend.h"
+#include "launch_arguments.h"
+#include "storage.cuh"
+
+namespace clara {
+namespace cuda {
+
+static_assert(kChunk % (kThreads * kVector) == 0, "a full chunk keeps all threads busy to its end");
+
+// The part of one tensor that a block works on.
+struct ChunkOfTensor {
+  int64_t tensor;  // in the list
+  const TensorRecord& record;
+  int64_t first_element;
+  int count;
+};
+
+template <typename Arguments>
+__device__ __forceinline__ ChunkOfTensor locate(const Arguments& arguments, int64_t chunk) {
+  const int64_t tensor = arguments.tensor_of_chunk[chunk];
+  const TensorRecord& record = arguments.tensors[tensor];
+  const int64_t first = (chunk - record.first_chunk) * kChunk;
+  const int64_t left = record.numel - first;
+  return {tensor, record, first, static_cast<int>(left < kChunk ? left : kChunk)};
+}
+
+// Calls whole(first) for the runs of four elements that are this thread's. Unless all streams are aligned, and for what
+// remains at the end of a tensor, it calls part(first, count) instead. Either way an element belongs to the same thread,
+// which comes to it in the same turn: sums do not depend on alignment.
+template <typename Whole, typename Part>
+__device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Whole whole, Part part) {
+  constexpr int kStride = kThreads * kVector;
+  int first = static_cast<int>(threadIdx.x) * kVector;
+  if (all_aligned) {
+    for (; first + kVector <= count; first += kStride) whole(first);
+  }
+  for (; first < count; first += kStride) part(first, count - first < kVector ? count - first : kVector);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Measure
+// ---------------------------------------------------------------------------------------------------------------
+
+// P, G, S: storage of parameters, gradients and path.
+template <typename P, typename G, typename S>
+struct MeasureStreams {
+  Stream<P> param;
+  Stream<G> grad;
+  Stream<float> exp_avg, exp_avg_sq, max_exp_avg_sq;
+  Stream<S> path;
+
+  __device__ __forceinline__ bool all_aligned() const {
+    return param.aligned() && grad.aligned() && exp_avg.aligned() && exp_avg_sq.aligned() &&
+           max_exp_avg_sq.aligned() && path.aligned();
+  }
+};
+
+struct MeasureAndApplyCoefficients {
+  MeasureCoefficients<float> measure;
+  ApplyCoefficients<float> apply;  // with the scale from before; only where measure also applies
+};
+
+// Four elements, or `count` of them; returns their sum of path^2.
+template <bool kApply, bool kWhole, typename P, typename G, typename S>
+__device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& streams,
+                                                const MeasureAndApplyCoefficients& with, int first, int count) {
+  const MeasureCoefficients<float>& c = with.measure;
+  const bool amsgrad = streams.max_exp_avg_sq.exists();
+  const Vector<G> grad = streams.grad.template load<kWhole>(first, count);
+  Vector<float> m = streams.exp_avg.template load<kWhole>(first, count);
+  Vector<float> v = streams.exp_avg_sq.template load<kWhole>(first, count);
+  Vector<S> path = streams.path.template load<kWhole>(first, count);
+  Vector<P> param = {};
+  if (kApply || c.coupled_decay != 0.0f) param = streams.param.template load<kWhole>(first, count);
+  Vector<float> max_v = {};
+  if (amsgrad) max_v = streams.max_exp_avg_sq.template load<kWhole>(first, count);
+
+  float path_sq = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const float theta = to_float(param.element[i]);
+    const float g = effective_gradient(to_float(grad.element[i]), theta, c);
+    m.element[i] = first_moment(m.element[i], g, c);
+    v.element[i] = second_moment(v.element[i], g, c);
+    max_v.element[i] = amsgrad ? running_maximum(max_v.element[i], v.element[i]) : v.element[i];
+    const float u = adam_direction(m.element[i], max_v.element[i], c.direction);
+    path.element[i] = from_float<S>(extended_path(to_float(path.element[i]), u, c));
+    const float stored = to_float(path.element[i]);
+    if (kWhole || i < count) path_sq += stored * stored;
+    if (kApply) param.element[i] = from_float<P>(updated_parameter(theta, u, with.apply));
+  }
+
+  streams.exp_avg.template store<kWhole>(first, count, m);
+  streams.exp_avg_sq.template store<kWhole>(first, count, v);
+  streams.path.template store<kWhole>(first, count, path);
+  if (amsgrad) streams.max_exp_avg_sq.template store<kWhole>(first, count, max_v);
+  if (kApply) streams.param.template store<kWhole>(first, count, param);
+  return path_sq;
+}
+
+template <bool kApply, typename P, typename G, typename S, typename Arguments>
+__global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __grid_constant__ arguments) {
+  if (arguments.skipped()) return;
+  const int64_t chunk_index = arguments.first_chunk + blockIdx.x;
+  const ChunkOfTensor chunk = locate(arguments, chunk_index);
+  const TensorRecord& record = chunk.record;
+
+  __shared__ MeasureAndApplyCoefficients with;
+  if (threadIdx.x == 0) {
+    const GroupOptions& options = arguments.group(record);
+    const float step = *record.step + 1.0f;
+    with.measure = measure_coefficients<float>(options, step, arguments.grad_scale);
+    if (kApply) with.apply = apply_coefficients<float>(options, step, *record.lr_scale);
+  }
+  __syncthreads();
+
+  const int64_t first = chunk.first_element;
+  const MeasureStreams<P, G, S> streams = {stream_at<P>(record.param, first),
+                                           stream_at<G>(arguments.grad(chunk.tensor), first),
+                                           stream_at<float>(record.exp_avg, first),
+                                           stream_at<float>(record.exp_avg_sq, first),
+                                           stream_at<float>(record.max_exp_avg_sq, first),
+                                           stream_at<S>(record.path, first)};
+  float path_sq = 0.0f;
+  for_each_vector(
+      chunk.count, streams.all_aligned(),
+      [&](int i) { path_sq += measure_vector<kApply, true>(streams, with, i, kVector); },
+      [&](int i, int count) { path_sq += measure_vector<kApply, false>(streams, with, i, count); });
+
+  path_sq = block_reduce(path_sq, Sum{});
+  if (threadIdx.x == 0) arguments.partial_sums[chunk_index] = path_sq;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Apply
+// ---------------------------------------------------------------------------------------------------------------
+
+template <typename P>
+struct ApplyStreams {
+  Stream<P> param;
+  Stream<float> exp_avg;
+  Stream<float> exp_avg_sq;  // the running maximum under amsgrad
+
+  __device__ __forceinline__ bool all_aligned() const {
+    return param.aligned() && exp_avg.aligned() && exp_avg_sq.aligned();
+  }
+};
+
+template <bool kWhole, typename P>
+__device__ __forceinline__ void apply_vector(const ApplyStreams<P>& streams, const ApplyCoefficients<float>& c,
+                                             int first, int count) {
+  const Vector<float> m = streams.exp_avg.template load<kWhole>(first, count);
+  const Vector<float> v = streams.exp_avg_sq.template load<kWhole>(first, count);
+  Vector<P> param = streams.param.template load<kWhole>(first, count);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const float u = adam_direction(m.element[i], v.element[i], c.direction);
+    param.element[i] = from_float<P>(updated_parameter(to_float(param.element[i]), u, c));
+  }
+  streams.param.template store<kWhole>(first, count, param);
+}
+
+// Walks the chunks from the last to the first: what measure touched last is still in the L2 cache.
+template <typename P, typename Arguments>
+__global__ void __launch_bounds__(kThreads) apply_kernel(const Arguments __grid_constant__ arguments) {
+  if (arguments.skipped()) return;
+  const ChunkOfTensor chunk = locate(arguments, arguments.first_chunk + arguments.chunk_count - 1 - blockIdx.x);
+  const TensorRecord& record = chunk.record;
+
+  __shared__ ApplyCoefficients<float> with;
+  if (threadIdx.x == 0) {
+    with = apply_coefficients<float>(arguments.group(record), *record.step, *record.lr_scale);
+  }
+  __syncthreads();
+
+  const int64_t first = chunk.first_element;
+  const ApplyStreams<P> streams = {
+      stream_at<P>(record.param, first), stream_at<float>(record.exp_avg, first),
+      stream_at<float>(record.max_exp_avg_sq != nullptr ? record.max_exp_avg_sq : record.exp_avg_sq, first)};
+  for_each_vector(
+      chunk.count, streams.all_aligned(), [&](int i) { apply_vector<true>(streams, with, i, kVector); },
+      [&](int i, int count) { apply_vector<false>(streams, with, i, count); });
+}
+
+}  // namespace cuda
+}  // namespace clara

@@ -1,0 +1,57 @@
+// Launching a kernel on a device and stream, and nothing unnoticed going wrong.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace clara {
+namespace cuda {
+
+inline void check(cudaError_t error, const char* what, int device) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("clara_fused: ") + what + " failed on cuda:" + std::to_string(device) + ": " +
+                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current for as long as the guard lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice", device);
+    if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice", device);
+  }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_;
+  int previous_ = 0;
+};
+
+struct LaunchTarget {
+  int device;  // current
+  cudaStream_t stream;
+};
+
+// The one place where kernels are launched. `name` is what an error message calls the kernel.
+template <typename Kernel, typename Arguments>
+void launch(const char* name, Kernel* kernel, int64_t blocks, int threads, const LaunchTarget& target,
+            const Arguments& arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error(std::string("clara_fused: too many elements for kernel ") + name);
+  const std::string kernel_name = std::string("kernel ") + name;
+  void* parameters[] = {const_cast<Arguments*>(&arguments)};
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                         parameters, 0, target.stream),
+        kernel_name.c_str(), target.device);
+  check(cudaGetLastError(), kernel_name.c_str(), target.device);
+}
+
+}  // namespace cuda
+}  // namespace clara

@@ -1,0 +1,107 @@
+// Storage types, and loads and stores of up to four neighbouring elements.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../adam_clara.h"
+
+namespace clara {
+namespace cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// Rounds to nearest, ties to even.
+template <typename S>
+__device__ __forceinline__ S from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ __forceinline__ Float16 from_float<Float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// Note [Vectors]: a thread works on four neighbouring elements: 16 bytes of float32, 8 of a 16-bit type. The moments
+// are float32 whatever the parameters are, so most bytes move in 16-byte accesses, and the 32 threads of a warp touch
+// one gapless run of every stream. (Eight elements per thread would make the 16-bit accesses wider, but split each
+// float32 one in two with gaps between threads.)
+constexpr int kVector = 4;
+
+template <typename S>
+struct alignas(kVector * sizeof(S)) Vector {
+  S element[kVector];
+};
+
+// The pointers of a list are read from memory; the compiler cannot know that they do not lead to shared memory.
+template <typename S>
+__device__ __forceinline__ S* in_global_memory(S* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// One stream of a block: storage of type S, of which this block has the elements of its chunk.
+template <typename S>
+struct Stream {
+  S* data;
+
+  __device__ __forceinline__ bool exists() const { return data != nullptr; }
+  __device__ __forceinline__ bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % alignof(Vector<S>) == 0;
+  }
+  // kWhole: all four elements exist and the stream is aligned. Otherwise it may lie anywhere, and only the first `count`
+  // elements exist.
+  template <bool kWhole>
+  __device__ __forceinline__ Vector<S> load(int first, int count) const {
+    Vector<S> values = {};
+    if (kWhole || (count == kVector && aligned())) {
+      values = *reinterpret_cast<const Vector<S>*>(data + first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (i < count) values.element[i] = data[first + i];
+      }
+    }
+    return values;
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void store(int first, int count, const Vector<S>& values) const {
+    if (kWhole || (count == kVector && aligned())) {
+      *reinterpret_cast<Vector<S>*>(data + first) = values;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (i < count) data[first + i] = values.element[i];
+      }
+    }
+  }
+};
+
+// A tensor's stream at one of its chunks; null stays null.
+template <typename S>
+__device__ __forceinline__ Stream<S> stream_at(const void* tensor, int64_t first_element) {
+  if (tensor == nullptr) return {nullptr};
+  return {in_global_memory(static_cast<S*>(const_cast<void*>(tensor)) + first_element)};
+}
+
+}  // namespace cuda
+}  // namespace clara
