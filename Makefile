@@ -2,7 +2,7 @@
 #   make demo      train a small GPT with Adam and the three optimizers; table and plot in demo/
 #   make test      lint, type check, tests with coverage      (PYTEST_ARGS="--no-cov -x tests/test_examples.py")
 #   make lint      ruff and mypy alone
-#   make bench     time per optimizer step                    (BENCH_ARGS="--help")
+#   make bench     time per optimizer step, host overhead, training steps; into bench/    (BENCH_ARGS="--models resnet50")
 #   make wheel     dist/*.whl
 #   make figures   the pictures in docs/images, from fresh demo runs and the recorded benchmark results
 #   make clean     everything that the targets above wrote, except .venv
@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BENCH_OUT ?= bench
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -41,8 +42,11 @@ lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
 
+# BENCH_OUT=benchmarks/results records the results that `make figures` puts into the docs.
 bench: $(VENV)/.ready-bench
-	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/step_time.py --out $(BENCH_OUT) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/cpu_overhead.py --out $(BENCH_OUT)
+	$(BIN)/python benchmarks/end_to_end.py --out $(BENCH_OUT)
 
 # Needs the build tools alone; torch is neither compiled against nor linked.
 wheel: $(VENV)/.build-tools
@@ -51,9 +55,10 @@ wheel: $(VENV)/.build-tools
 figures: demo $(VENV)/.ready-figures
 	mkdir -p docs/images
 	cp demo/curves.png docs/images/demo.png
+	$(BIN)/python benchmarks/figures.py
 
 clean:
-	rm -rf build dist demo runs htmlcov .coverage .coverage.* *.egg-info
+	rm -rf build dist demo runs bench htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f clara_fused/_core*.so $(VENV)/.ready-*
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -81,41 +81,43 @@ class TrainingStep:
         self.optimizer_step = contender.step_of(self.optimizer)
         self.data, self.batch, self.device = data, size.batch, device
         self.generator = torch.Generator().manual_seed(0)
-        self._host_seconds: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: list[tuple[Any, Any, Any]] = []
 
     def __call__(self) -> None:
+        start = self._mark()
         inputs, targets = self.data.training_batch(self.batch, self.generator)
         with self._precision():
             loss = cross_entropy(self.model(inputs), targets)
         loss.backward()
-        if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            self.optimizer_step()
-            end.record()
-            self._events.append((start, end))
-        else:
-            started = time.perf_counter()
-            self.optimizer_step()
-            self._host_seconds.append(time.perf_counter() - started)
+        before = self._mark()
+        self.optimizer_step()
+        self._marks.append((start, before, self._mark()))
         self.optimizer.zero_grad()
+
+    def _mark(self) -> Any:
+        """A point in time, on the device."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.device.type == "cuda":
             return torch.autocast("cuda", torch.bfloat16)
         return contextlib.nullcontext()
 
-    def forget_optimizer_times(self) -> None:
-        self._host_seconds.clear()
-        self._events.clear()
+    def forget_times(self) -> None:
+        self._marks.clear()
 
-    def optimizer_seconds(self) -> list[float]:
-        """Of every step so far; waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [start.elapsed_time(end) / 1e3 for start, end in self._events]
-        return self._host_seconds
+    def optimizer_and_step_seconds(self) -> list[tuple[float, float]]:
+        """Seconds of the optimizer and of the whole step, for every step so far; waits for the device."""
+        if self.device.type != "cuda":
+            return [(end - before, end - start) for start, before, end in self._marks]
+        torch.cuda.synchronize(self.device)
+        return [
+            (before.elapsed_time(end) / 1e3, start.elapsed_time(end) / 1e3) for start, before, end in self._marks
+        ]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -187,13 +189,13 @@ def measure(
     if BASELINE not in steps:
         return []
     for step in steps.values():
-        step.forget_optimizer_times()
+        step.forget_times()
     # The cache is left as it is: the forward and backward passes fill it.
     samples = measure_interleaved(steps, make_clock(device, flush_cache=False), BASELINE, max_seconds=seconds)
     rows = []
     for name, step in steps.items():
         whole = summarize(list(samples[name].values()))
-        own = summarize(step.optimizer_seconds())
+        parts = step.optimizer_and_step_seconds()
         params = list(step.model.parameters())
         rows.append(
             {
@@ -205,8 +207,8 @@ def measure(
                 "optimizer": name,
                 "label": CONTENDERS[name].label,
                 "seconds": whole.as_json(),
-                "optimizer_seconds": own.as_json(),
-                "optimizer_share": own.median / whole.median,
+                "optimizer_seconds": summarize([own for own, _ in parts]).as_json(),
+                "optimizer_share": summarize([own / total for own, total in parts]).median,
                 "ratio": summarize(ratios(samples, name, BASELINE)).as_json(),
             }
         )

@@ -29,12 +29,12 @@ class ReportError(Exception):
 
 
 def read_csv(path: Path, first_column: str) -> list[dict[str, str]]:
-    """Rows of a profiler's CSV; lines above the header, which the tools print at times, are passed over.
+    """Rows of a profiler's CSV; the tools' own messages, above the header and after the rows, are passed over.
 
     Raises:
         ReportError: there is no header that starts with `first_column`.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("==")]
     for index, line in enumerate(lines):
         if line.lstrip('"').startswith(first_column):
             return list(csv.DictReader(lines[index:]))
@@ -171,8 +171,8 @@ def print_nsys(profile: StepProfile, title: str) -> None:
         )  # fmt: skip
     console.print(made)
     console.print(
-        f"per step: {profile.launches_per_step:g} kernel launches, {profile.copies_per_step:g} copies and fills, device "
-        f"busy {duration(profile.busy_seconds_per_step)} ({profile.busy_share:.1%} of the time); gaps: median "
+        f"per step: {profile.launches_per_step:g} kernel launches, {profile.copies_per_step:g} copies and fills, "
+        f"device busy {duration(profile.busy_seconds_per_step)} ({profile.busy_share:.1%} of the time); gaps: median "
         f"{duration(profile.median_gap_seconds)}, largest {duration(profile.largest_gap_seconds)}"
     )
     made = table("host ranges", "range", "per step", "median")

@@ -21,6 +21,7 @@ OURS = "#1b6ca8"
 OURS_DEFERRED = "#6db1e0"
 OTHERS = "#9a9a9a"
 BASELINE_COLOR = "#404040"
+SOURCE_DIGEST = "Source SHA-256"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -36,10 +37,11 @@ def color_of(row: dict[str, Any], baseline: str) -> str:
     return OURS_DEFERRED if "deferred" in name else OURS
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path, source_digest: str | None = None) -> Path:
+    """Write a PNG; `source_digest` is kept in it, so that one can tell which data it shows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No software version or date in the file: equal data make equal pictures.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    metadata = {"Software": None} | ({SOURCE_DIGEST: source_digest} if source_digest else {})
+    figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
     return path
 
@@ -150,8 +152,12 @@ def roofline(document: dict[str, Any]) -> Figure:
 
 
 def plot_cpu_overhead(path: Path, folder: Path) -> Path:
+    """Draw `cpu_overhead`; returns the picture's path."""
+    return save(cpu_overhead(load(path)), folder / f"{path.stem}.png")
+
+
+def cpu_overhead(document: dict[str, Any]) -> Figure:
     """Host time per step over the number of tensors."""
-    document = load(path)
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     baseline = document["settings"]["baseline"]
     for name in dict.fromkeys(row["optimizer"] for row in document["results"]):
@@ -179,12 +185,16 @@ def plot_cpu_overhead(path: Path, folder: Path) -> Path:
     axis.set_ylabel("host time per step, µs")
     axis.grid(alpha=0.2)
     axis.set_title(f"Host time per step, {short_name(document['machine'])}", fontsize=10)
-    return save(figure, folder / f"cpu_overhead-{document['device']}.png")
+    return figure
 
 
 def plot_end_to_end(path: Path, folder: Path) -> Path:
+    """Draw `end_to_end`; returns the picture's path."""
+    return save(end_to_end(load(path)), folder / f"{path.stem}.png")
+
+
+def end_to_end(document: dict[str, Any]) -> Figure:
     """Training step by size: the optimizer's part on top of the rest."""
-    document = load(path)
     rows = document["results"]
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     most = max(sum(row["size"] == size for row in rows) for size in sizes)
@@ -207,4 +217,4 @@ def plot_end_to_end(path: Path, folder: Path) -> Path:
         axis.set_xlabel("ms per training step", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Character GPT, {short_name(document['machine'])}", fontsize=11)
-    return save(figure, folder / f"end_to_end-{document['device']}.png")
+    return figure
