@@ -12,7 +12,7 @@ constexpr int64_t kCacheLine = 64;
 
 // How far ahead of the arithmetic the memory is asked for. The hardware's own prefetching stops at every page, and
 // with up to six streams at once that shows.
-constexpr int64_t kPrefetchLines = CLARA_PREFETCH_LINES;
+constexpr int64_t kPrefetchLines = 16;
 
 // The element loops advance by one cache line of the arithmetic type.
 template <typename T>

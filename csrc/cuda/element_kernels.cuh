@@ -19,7 +19,7 @@ static_assert(kChunk % (kThreads * kVector) == 0, "a full chunk keeps all thread
 // The part of one tensor that a block works on.
 struct ChunkOfTensor {
   int64_t tensor;  // in the list
-  const TensorRecord& record;
+  TensorRecord record;  // a copy: all of it is on its way before any of it is needed
   int64_t first_element;
   int count;
 };
@@ -27,23 +27,31 @@ struct ChunkOfTensor {
 template <typename Arguments>
 __device__ __forceinline__ ChunkOfTensor locate(const Arguments& arguments, int64_t chunk) {
   const int64_t tensor = arguments.tensor_of_chunk[chunk];
-  const TensorRecord& record = arguments.tensors[tensor];
+  const TensorRecord record = arguments.tensors[tensor];
   const int64_t first = (chunk - record.first_chunk) * kChunk;
   const int64_t left = record.numel - first;
   return {tensor, record, first, static_cast<int>(left < kChunk ? left : kChunk)};
 }
 
-// Calls whole(first) for the runs of four elements that are this thread's. Unless all streams are aligned, and for what
-// remains at the end of a tensor, it calls part(first, count) instead. Either way an element belongs to the same thread,
-// which comes to it in the same turn: sums do not depend on alignment.
-template <typename Whole, typename Part>
-__device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Whole whole, Part part) {
+template <Access kAccess>
+struct AccessTag {
+  static constexpr Access kValue = kAccess;
+};
+
+// Calls visit(tag of access, first) for the runs of four elements that are this thread's, and for single ones at the end
+// of a tensor. However they are reached, an element belongs to the same thread, which comes to it in the same turn: sums
+// do not depend on alignment.
+template <typename Visit>
+__device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Visit visit) {
   constexpr int kStride = kThreads * kVector;
   int first = static_cast<int>(threadIdx.x) * kVector;
   if (all_aligned) {
-    for (; first + kVector <= count; first += kStride) whole(first);
+    for (; first + kVector <= count; first += kStride) visit(AccessTag<Access::kAligned>{}, first);
+  } else {
+    for (; first + kVector <= count; first += kStride) visit(AccessTag<Access::kMixed>{}, first);
   }
-  for (; first < count; first += kStride) part(first, count - first < kVector ? count - first : kVector);
+#pragma unroll 1
+  for (; first < count; ++first) visit(AccessTag<Access::kSingle>{}, first);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -69,24 +77,24 @@ struct MeasureAndApplyCoefficients {
   ApplyCoefficients<float> apply;  // with the scale from before; only where measure also applies
 };
 
-// Four elements, or `count` of them; returns their sum of path^2.
-template <bool kApply, bool kWhole, typename P, typename G, typename S>
+// Returns the elements' sum of path^2.
+template <bool kApply, Access kAccess, typename P, typename G, typename S>
 __device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& streams,
-                                                const MeasureAndApplyCoefficients& with, int first, int count) {
+                                                const MeasureAndApplyCoefficients& with, int first) {
   const MeasureCoefficients<float>& c = with.measure;
   const bool amsgrad = streams.max_exp_avg_sq.exists();
-  const Vector<G> grad = streams.grad.template load<kWhole>(first, count);
-  Vector<float> m = streams.exp_avg.template load<kWhole>(first, count);
-  Vector<float> v = streams.exp_avg_sq.template load<kWhole>(first, count);
-  Vector<S> path = streams.path.template load<kWhole>(first, count);
-  Vector<P> param = {};
-  if (kApply || c.coupled_decay != 0.0f) param = streams.param.template load<kWhole>(first, count);
-  Vector<float> max_v = {};
-  if (amsgrad) max_v = streams.max_exp_avg_sq.template load<kWhole>(first, count);
+  const Vector<G, kElements<kAccess>> grad = streams.grad.template load<kAccess>(first);
+  Vector<float, kElements<kAccess>> m = streams.exp_avg.template load<kAccess>(first);
+  Vector<float, kElements<kAccess>> v = streams.exp_avg_sq.template load<kAccess>(first);
+  Vector<S, kElements<kAccess>> path = streams.path.template load<kAccess>(first);
+  Vector<P, kElements<kAccess>> param = {};
+  if (kApply || c.coupled_decay != 0.0f) param = streams.param.template load<kAccess>(first);
+  Vector<float, kElements<kAccess>> max_v = {};
+  if (amsgrad) max_v = streams.max_exp_avg_sq.template load<kAccess>(first);
 
   float path_sq = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
+  for (int i = 0; i < kElements<kAccess>; ++i) {
     const float theta = to_float(param.element[i]);
     const float g = effective_gradient(to_float(grad.element[i]), theta, c);
     m.element[i] = first_moment(m.element[i], g, c);
@@ -95,20 +103,20 @@ __device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& s
     const float u = adam_direction(m.element[i], max_v.element[i], c.direction);
     path.element[i] = from_float<S>(extended_path(to_float(path.element[i]), u, c));
     const float stored = to_float(path.element[i]);
-    if (kWhole || i < count) path_sq += stored * stored;
+    path_sq += stored * stored;
     if (kApply) param.element[i] = from_float<P>(updated_parameter(theta, u, with.apply));
   }
 
-  streams.exp_avg.template store<kWhole>(first, count, m);
-  streams.exp_avg_sq.template store<kWhole>(first, count, v);
-  streams.path.template store<kWhole>(first, count, path);
-  if (amsgrad) streams.max_exp_avg_sq.template store<kWhole>(first, count, max_v);
-  if (kApply) streams.param.template store<kWhole>(first, count, param);
+  streams.exp_avg.template store<kAccess>(first, m);
+  streams.exp_avg_sq.template store<kAccess>(first, v);
+  streams.path.template store<kAccess>(first, path);
+  if (amsgrad) streams.max_exp_avg_sq.template store<kAccess>(first, max_v);
+  if (kApply) streams.param.template store<kAccess>(first, param);
   return path_sq;
 }
 
 template <bool kApply, typename P, typename G, typename S, typename Arguments>
-__global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kThreads, 4) measure_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
   const int64_t chunk_index = arguments.first_chunk + blockIdx.x;
   const ChunkOfTensor chunk = locate(arguments, chunk_index);
@@ -131,10 +139,9 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __gri
                                            stream_at<float>(record.max_exp_avg_sq, first),
                                            stream_at<S>(record.path, first)};
   float path_sq = 0.0f;
-  for_each_vector(
-      chunk.count, streams.all_aligned(),
-      [&](int i) { path_sq += measure_vector<kApply, true>(streams, with, i, kVector); },
-      [&](int i, int count) { path_sq += measure_vector<kApply, false>(streams, with, i, count); });
+  for_each_vector(chunk.count, streams.all_aligned(), [&](auto access, int i) {
+    path_sq += measure_vector<kApply, access.kValue>(streams, with, i);
+  });
 
   path_sq = block_reduce(path_sq, Sum{});
   if (threadIdx.x == 0) arguments.partial_sums[chunk_index] = path_sq;
@@ -155,18 +162,18 @@ struct ApplyStreams {
   }
 };
 
-template <bool kWhole, typename P>
+template <Access kAccess, typename P>
 __device__ __forceinline__ void apply_vector(const ApplyStreams<P>& streams, const ApplyCoefficients<float>& c,
-                                             int first, int count) {
-  const Vector<float> m = streams.exp_avg.template load<kWhole>(first, count);
-  const Vector<float> v = streams.exp_avg_sq.template load<kWhole>(first, count);
-  Vector<P> param = streams.param.template load<kWhole>(first, count);
+                                             int first) {
+  const Vector<float, kElements<kAccess>> m = streams.exp_avg.template load<kAccess>(first);
+  const Vector<float, kElements<kAccess>> v = streams.exp_avg_sq.template load<kAccess>(first);
+  Vector<P, kElements<kAccess>> param = streams.param.template load<kAccess>(first);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
+  for (int i = 0; i < kElements<kAccess>; ++i) {
     const float u = adam_direction(m.element[i], v.element[i], c.direction);
     param.element[i] = from_float<P>(updated_parameter(to_float(param.element[i]), u, c));
   }
-  streams.param.template store<kWhole>(first, count, param);
+  streams.param.template store<kAccess>(first, param);
 }
 
 // Walks the chunks from the last to the first: what measure touched last is still in the L2 cache.
@@ -186,9 +193,8 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const Arguments __grid_
   const ApplyStreams<P> streams = {
       stream_at<P>(record.param, first), stream_at<float>(record.exp_avg, first),
       stream_at<float>(record.max_exp_avg_sq != nullptr ? record.max_exp_avg_sq : record.exp_avg_sq, first)};
-  for_each_vector(
-      chunk.count, streams.all_aligned(), [&](int i) { apply_vector<true>(streams, with, i, kVector); },
-      [&](int i, int count) { apply_vector<false>(streams, with, i, count); });
+  for_each_vector(chunk.count, streams.all_aligned(),
+                  [&](auto access, int i) { apply_vector<access.kValue>(streams, with, i); });
 }
 
 }  // namespace cuda

@@ -46,17 +46,27 @@ __device__ __forceinline__ Float16 from_float<Float16>(float x) {
 // float32 one in two with gaps between threads.)
 constexpr int kVector = 4;
 
-template <typename S>
-struct alignas(kVector * sizeof(S)) Vector {
-  S element[kVector];
+template <typename S, int kCount = kVector>
+struct alignas(kCount * sizeof(S)) Vector {
+  S element[kCount];
 };
 
-// The pointers of a list are read from memory; the compiler cannot know that they do not lead to shared memory.
-template <typename S>
-__device__ __forceinline__ S* in_global_memory(S* pointer) {
+// The addresses of a list are read from memory; the compiler cannot know that they do not lead to shared memory.
+template <typename T>
+__device__ __forceinline__ T* in_global_memory(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
+
+// How a thread reaches its elements.
+enum class Access {
+  kAligned,  // four, every stream is aligned
+  kMixed,    // four, each stream as its own alignment allows
+  kSingle,   // one
+};
+
+template <Access kAccess>
+constexpr int kElements = kAccess == Access::kSingle ? 1 : kVector;
 
 // One stream of a block: storage of type S, of which this block has the elements of its chunk.
 template <typename S>
@@ -67,31 +77,27 @@ struct Stream {
   __device__ __forceinline__ bool aligned() const {
     return reinterpret_cast<uintptr_t>(data) % alignof(Vector<S>) == 0;
   }
-  // kWhole: all four elements exist and the stream is aligned. Otherwise it may lie anywhere, and only the first `count`
-  // elements exist.
-  template <bool kWhole>
-  __device__ __forceinline__ Vector<S> load(int first, int count) const {
-    Vector<S> values = {};
-    if (kWhole || (count == kVector && aligned())) {
-      values = *reinterpret_cast<const Vector<S>*>(data + first);
-    } else {
+
+  template <Access kAccess>
+  __device__ __forceinline__ Vector<S, kElements<kAccess>> load(int first) const {
+    using Values = Vector<S, kElements<kAccess>>;
+    Values values;
+    if (kAccess == Access::kMixed && !aligned()) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (i < count) values.element[i] = data[first + i];
-      }
+      for (int i = 0; i < kElements<kAccess>; ++i) values.element[i] = *in_global_memory(data + first + i);
+    } else {
+      values = *in_global_memory(reinterpret_cast<const Values*>(data + first));
     }
     return values;
   }
 
-  template <bool kWhole>
-  __device__ __forceinline__ void store(int first, int count, const Vector<S>& values) const {
-    if (kWhole || (count == kVector && aligned())) {
-      *reinterpret_cast<Vector<S>*>(data + first) = values;
-    } else {
+  template <Access kAccess>
+  __device__ __forceinline__ void store(int first, const Vector<S, kElements<kAccess>>& values) const {
+    if (kAccess == Access::kMixed && !aligned()) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (i < count) data[first + i] = values.element[i];
-      }
+      for (int i = 0; i < kElements<kAccess>; ++i) *in_global_memory(data + first + i) = values.element[i];
+    } else {
+      *in_global_memory(reinterpret_cast<Vector<S, kElements<kAccess>>*>(data + first)) = values;
     }
   }
 };
@@ -99,8 +105,7 @@ struct Stream {
 // A tensor's stream at one of its chunks; null stays null.
 template <typename S>
 __device__ __forceinline__ Stream<S> stream_at(const void* tensor, int64_t first_element) {
-  if (tensor == nullptr) return {nullptr};
-  return {in_global_memory(static_cast<S*>(const_cast<void*>(tensor)) + first_element)};
+  return {tensor == nullptr ? nullptr : static_cast<S*>(const_cast<void*>(tensor)) + first_element};
 }
 
 }  // namespace cuda

@@ -1,0 +1,101 @@
+"""The compiled core (csrc/bindings.cpp). Addresses are of tensors that the caller keeps alive; 0 means none."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, TypedDict
+
+version: str
+
+class DType(Enum):
+    float32 = ...
+    bfloat16 = ...
+    float16 = ...
+    float64 = ...
+
+class Variant(Enum):
+    GLOBAL = ...
+    LOCAL = ...
+    SMOOTHED = ...
+
+class GroupTable:
+    def __init__(self, group_count: int) -> None: ...
+    def set(
+        self,
+        group: int,
+        *,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        decoupled_weight_decay: bool,
+        smoothing: float,
+        damping: float,
+        reference: float | None,
+        clip_low: float,
+        clip_high: float,
+        accumulate: bool,
+        scale_low: float,
+        scale_high: float,
+        adapt_lr: bool,
+        lr_smoothing: float | None,
+    ) -> None: ...
+    def set_lr(self, group: int, lr: float) -> None: ...
+    def set_lr_tensor(self, group: int, address: int, is_double: bool) -> None: ...
+
+class Bucket:
+    def __init__(
+        self,
+        groups: GroupTable,
+        *,
+        device: int,
+        variant: Variant,
+        param: DType,
+        grad: DType,
+        path: DType,
+        deferred: bool,
+    ) -> None: ...
+    def add(
+        self,
+        *,
+        group: int,
+        numel: int,
+        param: int,
+        grad: int,
+        exp_avg: int,
+        exp_avg_sq: int,
+        max_exp_avg_sq: int,
+        path: int,
+        step: int,
+        lr_scale: int,
+    ) -> int: ...
+    def set_amp(self, grad_scale: int, found_inf: int) -> None: ...
+    def measure(self, sums: int, threads: int, stream: int) -> None: ...
+    def adapt(self, sums: int, threads: int, stream: int) -> None: ...
+    def apply(self, threads: int, stream: int) -> None: ...
+    def step(self, threads: int, stream: int) -> None: ...
+    def __len__(self) -> int: ...
+
+class TensorWatch:
+    def __init__(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any], use_exchange_api: bool = True
+    ) -> None: ...
+    def route(self, group: int, param: int, bucket: Bucket, row: int) -> None: ...
+    def unchanged(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool: ...
+    @property
+    def uses_exchange_api(self) -> bool: ...
+
+class CudaInfo(TypedDict):
+    toolkit: str
+    architectures: str
+
+class BuildInfo(TypedDict):
+    cpu_instruction_sets: list[str]
+    cpu_instruction_set: str
+    cpu_threads: str
+    compiler: str
+    cuda: CudaInfo | None
+
+def supports(cuda: bool, param: DType, grad: DType, path: DType) -> bool: ...
+def build_info() -> BuildInfo: ...
+def cuda_status() -> str: ...

@@ -1,0 +1,442 @@
+"""Hands tensors to the compiled core: which ones it can serve, in which buckets, and what is kept between steps.
+
+The core sees addresses and sizes only. Everything it is given here is dense memory in one common layout per parameter;
+what is not is copied first (`_Staging`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import validation
+from ._version import __version__
+from .batches import StepInputs, TensorWork, moved
+from .options import GroupOptions, Variant
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from . import _core
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_REINSTALL = "reinstall clara_fused on a machine with a C++ compiler (`pip install --force-reinstall --no-deps .`)"
+
+
+# --- is there a core? ------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or why there is none."""
+    try:
+        from . import _core
+    except ImportError as error:
+        if getattr(error, "name", None) == f"{__package__}._core" and "No module named" in str(error):
+            return None, f"the compiled core is not installed: {_REINSTALL}"
+        return None, f"the compiled core cannot be loaded ({error}): {_REINSTALL}"
+    built_for = getattr(_core, "version", "unknown")
+    if built_for != __version__:
+        return None, f"the compiled core is of version {built_for}, clara_fused of {__version__}: {_REINSTALL}"
+    return _core, ""
+
+
+def core_status(device_type: str, param_dtype: torch.dtype) -> str | None:
+    """Why the compiled core cannot serve parameters of this dtype on such a device; None if it can.
+
+    Returns:
+        one sentence for the user, with what to do about it.
+    """
+    core, problem = _load()
+    if core is None:
+        return problem
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"the compiled core has no kernels for {device_type} devices; use fused=None or fused=False there"
+    if core.build_info()["cuda"] is None:
+        return "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed"
+    if param_dtype == torch.float64:
+        return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False for them"
+    problem = core.cuda_status()
+    return problem or None
+
+
+def _why_not(param: Tensor, grad: Tensor, path_dtype: torch.dtype) -> str | None:
+    """Why the core cannot step this tensor; None if it can."""
+    problem = core_status(param.device.type, param.dtype)
+    if problem is not None:
+        return problem
+    core = _core_module()
+    codes = _dtype_codes()
+    if not core.supports(param.device.type == "cuda", codes[param.dtype], codes[grad.dtype], codes[path_dtype]):
+        return (
+            f"the compiled core does not serve a {grad.dtype} gradient for a {param.dtype} parameter with a "
+            f"{path_dtype} path; use fused=None or fused=False"
+        )
+    return None
+
+
+def serves(param: Tensor, grad: Tensor, options: GroupOptions) -> bool:
+    """Whether the core can step this tensor. Warns, once, if there ought to be a core and is none."""
+    _warn_without_core()
+    return _why_not(param, grad, _path_dtype(param, options)) is None
+
+
+def require(param: Tensor, grad: Tensor, options: GroupOptions, group_index: int, param_index: int) -> None:
+    """Check what ``fused=True`` promises.
+
+    Raises:
+        RuntimeError: the core cannot step this tensor; says why and what to do.
+    """
+    problem = _why_not(param, grad, _path_dtype(param, options))
+    if problem is not None:
+        raise RuntimeError(f"{validation.describe(group_index, param_index, param)}: fused=True: {problem}")
+
+
+@lru_cache(maxsize=1)
+def _warn_without_core() -> None:
+    core, problem = _load()
+    if core is None:
+        warnings.warn(f"clara_fused runs on PyTorch operations, which is slower: {problem}", stacklevel=2)
+
+
+def _core_module() -> Any:
+    return _load()[0]
+
+
+@lru_cache(maxsize=1)
+def _dtype_codes() -> dict[torch.dtype, _core.DType]:
+    codes = _core_module().DType
+    return {
+        torch.float32: codes.float32,
+        torch.bfloat16: codes.bfloat16,
+        torch.float16: codes.float16,
+        torch.float64: codes.float64,
+    }
+
+
+def _path_dtype(param: Tensor, options: GroupOptions) -> torch.dtype:
+    return options.path_dtype or (torch.float64 if param.dtype == torch.float64 else torch.float32)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: (dim[1], dim[0])):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _has_layout(tensor: Tensor, like: Tensor) -> bool:
+    """Whether the elements lie in memory in the same order as those of `like`, a dense tensor of equal shape."""
+    if tensor.stride() == like.stride() or tensor.numel() <= 1:
+        return True
+    return all(
+        size == 1 or mine == other
+        for size, mine, other in zip(like.shape, tensor.stride(), like.stride(), strict=True)
+    )
+
+
+@dataclass(slots=True)
+class _Staging:
+    """Copies in the core's layout of what the user holds in another one."""
+
+    param: tuple[Tensor, Tensor] | None = None  # the user's, the copy
+    grad: Tensor | None = None
+
+    @property
+    def needed(self) -> bool:
+        return self.param is not None or self.grad is not None
+
+
+# --- a bucket --------------------------------------------------------------------------------------------------------
+
+
+class CoreBatch:
+    """Tensors, of any groups, that share device, dtypes and `deferred`; implements `batches.Batch`."""
+
+    def __init__(self, works: Sequence[TensorWork], options: Sequence[GroupOptions], groups: _Groups, variant: Variant):
+        self.works = works
+        self._groups = groups
+        first = works[0]
+        self._device = first.param.device
+        self._is_cuda = self._device.type == "cuda"
+        codes = _dtype_codes()
+        self._bucket: _core.Bucket = _core_module().Bucket(
+            groups.table,
+            device=self._device.index if self._is_cuda else -1,
+            variant=getattr(_core_module().Variant, variant.name),
+            param=codes[first.param.dtype],
+            grad=codes[first.grad.dtype],
+            path=codes[first.state["path"].dtype],
+            deferred=options[first.group_index].deferred,
+        )
+        self._deferred = options[first.group_index].deferred
+        # Whether `step` does all of it; else measure, adapt, apply, with sums from elsewhere in between.
+        self.adapts_alone = False
+        self._staged: list[_Staging] = []
+        self._sums: Tensor | None = None
+        self._keep: tuple[Tensor | None, ...] = ()
+        for work in works:
+            self._add(work, options[work.group_index].amsgrad)
+
+    @property
+    def stages(self) -> bool:
+        """Whether the core works on copies of some of the tensors."""
+        return bool(self._staged)
+
+    def _add(self, work: TensorWork, amsgrad: bool) -> None:
+        staging = _Staging()
+        param = work.param.detach()
+        if not _is_dense(param):
+            # empty_like of a tensor with gaps is dense.
+            staging.param = (param, torch.empty_like(param).copy_(param))
+            param = staging.param[1]
+        grad = work.grad.detach()
+        if not _has_layout(grad, param) or grad.is_neg():
+            grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            staging.grad = grad
+        if staging.needed:
+            self._staged.append(staging)
+        names = (*_MOMENTS, "path", *(("max_exp_avg_sq",) if amsgrad else ()))
+        for name in names:
+            value = work.state[name]
+            if not _has_layout(value, param):
+                work.state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+        self._bucket.add(
+            group=work.group_index,
+            numel=param.numel(),
+            param=param.data_ptr(),
+            grad=grad.data_ptr(),
+            exp_avg=work.state["exp_avg"].data_ptr(),
+            exp_avg_sq=work.state["exp_avg_sq"].data_ptr(),
+            max_exp_avg_sq=work.state["max_exp_avg_sq"].data_ptr() if amsgrad else 0,
+            path=work.state["path"].data_ptr(),
+            step=work.state["step"].data_ptr(),
+            lr_scale=work.state["lr_scale"].data_ptr(),
+        )
+
+    def watched_by(self, watch: _core.TensorWatch) -> None:
+        """Let the watch leave the addresses of fresh gradients in this bucket."""
+        for row, work in enumerate(self.works):
+            watch.route(work.group_index, work.param_index, self._bucket, row)
+
+    def prepare(self, inputs: StepInputs) -> None:
+        """Take over what a step reads beside the tensors; once per step, before anything else."""
+        self._groups.update(inputs)
+        grad_scale, found_inf = self._scalar(inputs.grad_scale), self._scalar(inputs.found_inf)
+        self._keep = (grad_scale, found_inf)
+        self._bucket.set_amp(
+            0 if grad_scale is None else grad_scale.data_ptr(), 0 if found_inf is None else found_inf.data_ptr()
+        )
+
+    def _scalar(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else moved(value, self._device).to(torch.float32)
+
+    def _launch(self) -> tuple[int, int]:
+        """Number of threads, and CUDA stream, that the next operation is to use."""
+        if self._is_cuda:
+            return 0, torch._C._cuda_getCurrentRawStream(self._device.index)
+        return torch.get_num_threads(), 0
+
+    def step(self) -> None:
+        """measure, adapt and apply in one go; under AdamClaraGlobal only if this is the only batch."""
+        self._bucket.step(*self._launch())
+        self._write_back()
+
+    def measure(self) -> Tensor:
+        """See `batches.Batch.measure`."""
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.works), 2, dtype=torch.float64, device=self._device)
+        self._bucket.measure(self._sums.data_ptr(), *self._launch())
+        if self._deferred:
+            self._write_back()
+        return self._sums
+
+    def adapt(self, sums: Tensor | None) -> None:
+        """See `batches.Batch.adapt`."""
+        if sums is not None:
+            sums = moved(sums, self._device).contiguous()
+        self._bucket.adapt(0 if sums is None else sums.data_ptr(), *self._launch())
+
+    def apply(self) -> None:
+        """See `batches.Batch.apply`."""
+        if not self._deferred:
+            self._bucket.apply(*self._launch())
+            self._write_back()
+
+    def _write_back(self) -> None:
+        for staging in self._staged:
+            if staging.param is not None:
+                original, copy = staging.param
+                original.copy_(copy)
+
+
+class _Groups:
+    """The options of all param groups, as the core keeps them for one device."""
+
+    def __init__(self, device: torch.device, group_count: int) -> None:
+        self.table: _core.GroupTable = _core_module().GroupTable(group_count)
+        self._device = device
+        self._options: list[GroupOptions | None] = [None] * group_count
+        self._lrs: list[float | Tensor] = []
+
+    def update(self, inputs: StepInputs) -> None:
+        self._lrs = [self._on_device(lr) if isinstance(lr, Tensor) else lr for lr in inputs.lrs]
+        for group, (options, lr) in enumerate(zip(inputs.options, self._lrs, strict=True)):
+            if options is not self._options[group]:
+                self._set(group, options)
+            if isinstance(lr, Tensor):
+                self.table.set_lr_tensor(group, lr.data_ptr(), lr.dtype == torch.float64)
+            else:
+                self.table.set_lr(group, lr)
+
+    def _on_device(self, lr: Tensor) -> Tensor | float:
+        if lr.device.type == "cpu" and self._device.type != "cpu":
+            return float(lr)  # as a kernel argument
+        lr = moved(lr, self._device)
+        return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
+
+    def _set(self, group: int, options: GroupOptions) -> None:
+        self._options[group] = options
+        self.table.set(
+            group,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            maximize=options.maximize,
+            decoupled_weight_decay=options.decoupled_weight_decay,
+            smoothing=options.smoothing,
+            damping=options.damping,
+            reference=options.reference,
+            clip_low=options.clip[0],
+            clip_high=options.clip[1],
+            accumulate=options.accumulate,
+            scale_low=options.scale_bounds[0],
+            scale_high=options.scale_bounds[1],
+            adapt_lr=options.adapt_lr,
+            lr_smoothing=options.lr_smoothing,
+        )
+
+
+def batches_of(works: Sequence[TensorWork], inputs: StepInputs, variant: Variant) -> list[CoreBatch]:
+    """Sort tensors that the core `serves` into as few batches as their devices and dtypes allow."""
+    groups: dict[torch.device, _Groups] = {}
+    sorted_works: dict[tuple[object, ...], list[TensorWork]] = {}
+    for work in works:
+        key = (
+            work.param.device,
+            work.param.dtype,
+            work.grad.dtype,
+            work.state["path"].dtype,
+            inputs.options[work.group_index].deferred,
+        )
+        sorted_works.setdefault(key, []).append(work)
+    batches = []
+    for batch_works in sorted_works.values():
+        device = batch_works[0].param.device
+        if device not in groups:
+            groups[device] = _Groups(device, len(inputs.options))
+        batches.append(CoreBatch(batch_works, inputs.options, groups[device], variant))
+    for batch in batches:
+        batch.prepare(inputs)
+    return batches
+
+
+# --- what is kept between steps --------------------------------------------------------------------------------------
+
+
+def _structure(options: Sequence[GroupOptions]) -> list[tuple[object, ...]]:
+    """What decides which tensors a batch holds, beside the tensors."""
+    return [(o.deferred, o.amsgrad, o.path_dtype) for o in options]
+
+
+class Plan:
+    """The batches of a step, kept for the next one as long as no tensor but gradients is replaced or changed.
+
+    Guarded by a `_core.TensorWatch`, which compares every tensor at every step.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        batches: Sequence[CoreBatch],
+        inputs: StepInputs,
+    ) -> None:
+        self.batches = batches
+        self._options = inputs.options
+        self._structure = _structure(inputs.options)
+        self._watch: _core.TensorWatch = _core_module().TensorWatch(
+            param_groups, state, use_exchange_api=os.environ.get("CLARA_TENSOR_WATCH") != "attributes"
+        )
+        for batch in batches:
+            batch.watched_by(self._watch)
+
+    def prepare(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], inputs: StepInputs) -> bool:
+        """Whether the batches still stand for what is in the groups and the state; if so, ready them for the step."""
+        if inputs.options is not self._options:
+            if _structure(inputs.options) != self._structure:
+                return False
+            self._options = inputs.options
+        if not self._watch.unchanged(param_groups, state):
+            return False
+        for batch in self.batches:
+            batch.prepare(inputs)
+        return True
+
+
+def plan_of(
+    param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], batches: Sequence[object], inputs: StepInputs
+) -> Plan | None:
+    """A plan for further steps like the one just taken, if the core does all of it on the tensors themselves."""
+    core_batches = [batch for batch in batches if isinstance(batch, CoreBatch) and not batch.stages]
+    if not batches or len(core_batches) != len(batches):
+        return None
+    return Plan(param_groups, state, core_batches, inputs)
+
+
+def describe_installation() -> str:
+    """What is installed, which back end each device gets, and why not a better one; for ``python -m clara_fused``."""
+    core, problem = _load()
+    lines = [f"clara_fused {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"]
+    if core is None:
+        lines.append(f"compiled core: none ({problem})")
+    else:
+        info = core.build_info()
+        sets = ", ".join(info["cpu_instruction_sets"])
+        lines.append(f"compiled core: {info['cpu_instruction_set']} kernels (of {sets}), threads of {info['cpu_threads']}")
+        cuda = info["cuda"]
+        lines.append(
+            "compiled for CUDA: no"
+            if cuda is None
+            else f"compiled for CUDA: {cuda['toolkit']}, architectures {cuda['architectures'].replace(';', ', ')}"
+        )
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    for device in devices:
+        problems = {dtype: core_status(device.split(":")[0], dtype) for dtype in validation.SUPPORTED_DTYPES}
+        for reason in dict.fromkeys(problems.values()):
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in problems if problems[dtype] == reason)
+            name = "compiled core" if reason is None else f"PyTorch operations: {reason}"
+            lines.append(f"{device} ({dtypes}): {name}")
+    return "\n".join(lines)
