@@ -116,7 +116,7 @@ __device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& s
 }
 
 template <bool kApply, typename P, typename G, typename S, typename Arguments>
-__global__ void __launch_bounds__(kThreads, 4) measure_kernel(const Arguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
   const int64_t chunk_index = arguments.first_chunk + blockIdx.x;
   const ChunkOfTensor chunk = locate(arguments, chunk_index);
