@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import adaptation, sharding, state, torch_backend, validation
+from . import adaptation, core_backend, sharding, state, torch_backend, validation
 from .batches import Batch, StepInputs, TensorWork, moved
 from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, read_options
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
-_PERSISTENT_ATTRIBUTES = ("fused", "process_group", "max_temporary_bytes", "_step_supports_amp_scaling")
+_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "max_temporary_bytes", "_step_supports_amp_scaling")
 
 
 class AdamClara(Optimizer):
@@ -61,6 +61,7 @@ class AdamClara(Optimizer):
     variant: ClassVar[Variant]
 
     fused: bool | None
+    _plan: core_backend.Plan | None
     max_temporary_bytes: int | None
     """Bound of the PyTorch back end's scratch memory in one step, in bytes; None chooses by device."""
 
@@ -114,16 +115,34 @@ class AdamClara(Optimizer):
     ) -> None:
         if fused not in (None, True, False):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
-        if process_group is not None:
-            raise NotImplementedError("process_group: sharded parameters are not supported yet")
         self.fused = fused
         self.process_group = process_group
         self.max_temporary_bytes = None
         self._forget_caches()
         super().__init__(params, defaults)
 
+    @property
+    def process_group(self) -> Any:
+        """The group over which plain parameters are sharded, or None.
+
+        A pickled optimizer comes back without its group: set it again before the next step. A deep copy shares it.
+        """
+        return self._process_group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        validation.check_process_group(group)
+        self._process_group = sharding.ProcessGroupReference(group)
+        self._plan = None
+
     def _forget_caches(self) -> None:
         """Drop what was derived from groups, parameters and state; the next step derives it anew."""
+        self._plan = None
+        self._whole_sums: sharding.WholeTensorSums | None = None
+        self._hyperparameters: tuple[object, list[str]] = (None, [])
+        # Scales of sharded parameters that other ranks have stepped and this one has not: they have no state here.
+        # Under AdamClaraGlobal the one scale, with key None, on a rank that has no state at all.
+        self._stateless_scales: dict[Tensor | None, Tensor] = {}
         # Per group: the option values last seen and what was made of them.
         self._options_cache: list[tuple[tuple[Any, ...], GroupOptions]] = []
 
@@ -140,7 +159,6 @@ class AdamClara(Optimizer):
             validation.check_lr(group["lr"], index, read_tensor=True)
             read_options(group, index, self.variant)
             for param_index, param in enumerate(group["params"]):
-                sharding.refuse_sharded(param, index, param_index)
                 validation.check_param(param, index, param_index)
         except Exception:
             self.param_groups.pop()
@@ -179,10 +197,35 @@ class AdamClara(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         inputs = self._read_inputs()
-        works = self._collect(inputs.options)
-        if works:
-            self._run(self._batches(works, inputs), inputs)
+        batches = self._planned_batches(inputs)
+        planned = batches is not None
+        if batches is None:
+            self._plan = None
+            self._prepare_sums_over_ranks(inputs)
+            batches = self._batches(self._collect(inputs.options), inputs)
+        if self._whole_sums is not None and not self._whole_sums.idle:
+            self._run_sharded(batches, inputs, self._whole_sums)
+        else:
+            self._run(batches, inputs)
+        if not planned:
+            self._make_plan(batches, inputs)
         return loss
+
+    def _planned_batches(self, inputs: StepInputs) -> Sequence[Batch] | None:
+        """The batches of the step before, ready for this one, if nothing but gradients has changed since."""
+        if self._plan is None or not self._plan.prepare(self.param_groups, self.state, inputs):
+            return None
+        # Without DTensors and process_group there are no such sums, and the plan would have noticed new DTensors.
+        if self._whole_sums is not None and not (
+            self._whole_sums.serves(self.param_groups, self.process_group)
+            and sharding.gradients_lie_as_parameters(self.param_groups)
+        ):
+            return None
+        return self._plan.batches
+
+    def _make_plan(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
+        if self._whole_sums is None or sharding.gradients_lie_as_parameters(self.param_groups):
+            self._plan = core_backend.plan_of(self.param_groups, self.state, batches, inputs)
 
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
@@ -211,32 +254,65 @@ class AdamClara(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            sharding.refuse_sharded(param, group_index, param_index)
             validation.check_param(param, group_index, param_index)
             validation.check_grad(param, grad, group_index, param_index)
             # .get: reading self.state[param] would create an empty entry.
             param_state = self.state.get(param, {})
             state.check(param_state, param, options[group_index], group_index, param_index)
+            if self.fused:
+                core_backend.require(param, grad, options[group_index], group_index, param_index)
             taking_part.append((group_index, param_index, param, grad))
         for group_index, _, param, _ in taking_part:
             state.prepare(self.state[param], param, options[group_index])
+            key = None if self.variant is Variant.GLOBAL else param
+            if key in self._stateless_scales:
+                self.state[param]["lr_scale"] = moved(self._stateless_scales.pop(key), param.device)
         if self.variant is Variant.GLOBAL:
             state.share_scale(self.state.values())
-        return [TensorWork(*located, self.state[located[2]]) for located in taking_part]
+        return [sharding.local_work(*located, self.state[located[2]]) for located in taking_part]
 
     def _enumerate_params(self) -> Iterator[tuple[int, int, Tensor]]:
         for group_index, group in enumerate(self.param_groups):
             for param_index, param in enumerate(group["params"]):
                 yield group_index, param_index, param
 
-    def _batches(self, works: Sequence[TensorWork], inputs: StepInputs) -> Sequence[Batch]:
-        return torch_backend.batches_of(works, inputs, self.variant, self.max_temporary_bytes)
+    def _batches(self, works: Sequence[TensorWork], inputs: StepInputs) -> list[Batch]:
+        """The batches of a step; tensors whose sums other ranks have a part in apart from those that need none."""
+        if self._whole_sums is None or self.variant is Variant.GLOBAL:
+            return self._batches_of(works, inputs)
+        sharded = [work for work in works if self._whole_sums.covers(work)]
+        rest = [work for work in works if not self._whole_sums.covers(work)]
+        return [*self._batches_of(sharded, inputs), *self._batches_of(rest, inputs)]
+
+    def _batches_of(self, works: Sequence[TensorWork], inputs: StepInputs) -> list[Batch]:
+        """The compiled core's batches, and PyTorch's for what the core cannot serve or is not to."""
+        for_core: list[TensorWork] = []
+        for_torch: list[TensorWork] = []
+        for work in works:
+            (for_core if self._core_serves(work, inputs) else for_torch).append(work)
+        torch_batches = torch_backend.batches_of(for_torch, inputs, self.variant, self.max_temporary_bytes)
+        core_batches = core_backend.batches_of(for_core, inputs, self.variant)
+        batches: list[Batch] = [*core_batches, *torch_batches]
+        # AdamClaraGlobal's one scale follows the sums over all batches, and is to move on all devices that hold it.
+        if self.variant is not Variant.GLOBAL or (len(batches) == 1 and len(self._shared_scales()) == 1):
+            for batch in core_batches:
+                batch.adapts_alone = True
+        return batches
+
+    def _core_serves(self, work: TensorWork, inputs: StepInputs) -> bool:
+        return self.fused is not False and core_backend.serves(work.param, work.grad, inputs.options[work.group_index])
 
     def _run(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
         """measure -> adapt -> apply."""
+        for batch in batches:
+            if isinstance(batch, core_backend.CoreBatch) and batch.adapts_alone:
+                batch.step()
+        batches = [b for b in batches if not (isinstance(b, core_backend.CoreBatch) and b.adapts_alone)]
+        if not batches:
+            return
         sums = [batch.measure() for batch in batches]
         if self.variant is Variant.GLOBAL:
-            self._adapt_shared_scale(sums, inputs)
+            self._adapt_shared_scale(adaptation.total_sums(sums), inputs)
             for batch in batches:
                 batch.adapt(None)
         else:
@@ -245,17 +321,104 @@ class AdamClara(Optimizer):
         for batch in batches:
             batch.apply()
 
-    def _adapt_shared_scale(self, sums: Sequence[Tensor], inputs: StepInputs) -> None:
+    def _shared_scales(self) -> dict[torch.device, Tensor]:
+        """The one scale of AdamClaraGlobal, by device that holds it."""
+        return {entry["lr_scale"].device: entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry}
+
+    def _adapt_shared_scale(self, totals: Tensor, inputs: StepInputs) -> None:
         """Move the one scale of AdamClaraGlobal, on every device that holds it."""
-        totals = adaptation.total_sums(sums)
-        scales = {entry["lr_scale"].device: entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry}
+        scales = self._shared_scales()
+        if not scales:
+            scale = self._stateless_scales.setdefault(
+                None, torch.full((), inputs.options[0].initial_scale, device=totals.device)
+            )
+            scales = {scale.device: scale}
         scale = moved(next(iter(scales.values())), totals.device)
-        new_scale = adaptation.adapted_scales(scale, totals, inputs.options[0], self.variant)
-        if inputs.found_inf is not None:
-            found_inf = moved(inputs.found_inf, totals.device).reshape(())
-            new_scale = torch.where(found_inf != 0, scale, new_scale)
+        new_scale = self._scales_after(scale, totals, inputs.options[0], inputs)
         for device, target in scales.items():
             target.copy_(moved(new_scale, device))
+
+    def _scales_after(self, scales: Tensor, sums: Tensor, options: GroupOptions, inputs: StepInputs) -> Tensor:
+        """Adapted scales; the old ones if a GradScaler found an overflow."""
+        new_scales = adaptation.adapted_scales(scales, sums, options, self.variant)
+        if inputs.found_inf is None:
+            return new_scales
+        return torch.where(moved(inputs.found_inf, scales.device).reshape(()) != 0, scales, new_scales)
+
+    # --- the step of sharded parameters ---
+
+    def _prepare_sums_over_ranks(self, inputs: StepInputs) -> None:
+        """Set `_whole_sums`, which adds up the sums of sharded tensors; None if there can be none."""
+        if self._process_group.lost:
+            raise RuntimeError(
+                "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
+            )
+        if not sharding.needs_sums(self.param_groups, self.process_group):
+            self._whole_sums = None
+        elif self._whole_sums is None or not self._whole_sums.serves(self.param_groups, self.process_group):
+            for group_index, param_index, param in self._enumerate_params():
+                validation.check_placements(param, group_index, param_index)
+            self._whole_sums = sharding.WholeTensorSums(
+                self.param_groups,
+                self.process_group,
+                self.variant is Variant.GLOBAL,
+                self._describe_hyperparameters(inputs.lrs),
+            )
+
+    def _describe_hyperparameters(self, lrs: Sequence[float | Tensor]) -> list[str]:
+        """One line per group and option, made again only when a value changes."""
+        readable = [lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else None for lr in lrs]
+        seen = [values for values, _ in self._options_cache]
+        if self._hyperparameters[0] != (readable, seen):
+            names = option_names(self.variant)
+            lines = [f"optimizer: {type(self).__name__}"]
+            for index, (lr, values) in enumerate(zip(readable, seen, strict=True)):
+                options = zip(("lr", *names), (lr, *values), strict=True)
+                lines += [f"param group {index}: {name} = {value!r}" for name, value in options]
+            self._hyperparameters = ((readable, seen), lines)
+        return self._hyperparameters[1]
+
+    def _run_sharded(
+        self, batches: Sequence[Batch], inputs: StepInputs, whole_sums: sharding.WholeTensorSums
+    ) -> None:
+        """measure -> sum over ranks -> adapt -> apply; also on a rank with nothing to step, as the others wait."""
+        hyperparameters = self._describe_hyperparameters(inputs.lrs)
+        if self.variant is Variant.GLOBAL:
+            sharded = batches
+            sums = [batch.measure() for batch in sharded]
+            self._adapt_shared_scale(whole_sums.total(_works_of(sharded), sums, hyperparameters), inputs)
+            for batch in sharded:
+                batch.adapt(None)
+        else:
+            sharded = [batch for batch in batches if whole_sums.covers(batch.works[0])]
+            sums = [batch.measure() for batch in sharded]
+            pending = whole_sums.start(_works_of(sharded), sums, hyperparameters)
+            # Meanwhile what needs no other rank.
+            self._run([batch for batch in batches if not whole_sums.covers(batch.works[0])], inputs)
+            reduced, absent = pending.result()
+            for batch, rows in zip(sharded, reduced.split_with_sizes([len(b.works) for b in sharded]), strict=True):
+                batch.adapt(moved(rows, batch.works[0].param.device))
+            self._follow_other_ranks(absent, inputs)
+        for batch in sharded:
+            batch.apply()
+
+    def _follow_other_ranks(self, absent: Sequence[sharding.Absent], inputs: StepInputs) -> None:
+        """Adapt the scales of sharded parameters that have a gradient on other ranks only (FSDP1: empty shards)."""
+        by_group: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor]]] = {}
+        for group_index, param_index, sums in absent:
+            param = self.param_groups[group_index]["params"][param_index]
+            if not param.requires_grad:
+                continue
+            scale = self.state.get(param, {}).get("lr_scale", self._stateless_scales.get(param))
+            if scale is None:
+                initial_scale = inputs.options[group_index].initial_scale
+                scale = self._stateless_scales[param] = torch.full((), initial_scale, device=sums.device)
+            by_group.setdefault((group_index, scale.device), []).append((scale, sums))
+        for (group_index, device), pairs in by_group.items():
+            scales = [scale for scale, _ in pairs]
+            sums = moved(torch.stack([row for _, row in pairs]), device)
+            adapted = self._scales_after(torch.stack(scales), sums, inputs.options[group_index], inputs)
+            torch._foreach_copy_(scales, list(adapted.unbind()))
 
     # --- telemetry ---
 
@@ -269,7 +432,8 @@ class AdamClara(Optimizer):
         """
         shared = None
         if self.variant is Variant.GLOBAL:
-            shared = next((entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry), None)
+            held = (entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry)
+            shared = next(held, self._stateless_scales.get(None))
         return [self._group_scales(group, shared) for group in self.param_groups]
 
     def _group_scales(self, group: dict[str, Any], shared: Tensor | None) -> Tensor:
@@ -279,7 +443,7 @@ class AdamClara(Optimizer):
         device = params[0].device
         scales = []
         for param in params:
-            scale = self.state.get(param, {}).get("lr_scale", shared)
+            scale = self.state.get(param, {}).get("lr_scale", self._stateless_scales.get(param, shared))
             if scale is None:
                 scale = torch.full((), group["initial_scale"], dtype=torch.float32, device=device)
             scales.append(moved(scale, device))
@@ -347,6 +511,10 @@ class AdamClara(Optimizer):
         if self.variant is Variant.GLOBAL:
             state.share_scale(self.state.values())
         self._forget_caches()
+
+
+def _works_of(batches: Sequence[Batch]) -> list[TensorWork]:
+    return [work for batch in batches for work in batch.works]
 
 
 class AdamClaraGlobal(AdamClara):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import validation
+from . import dtensors, validation
 from .batches import moved
 from .options import GroupOptions
 
@@ -155,7 +155,8 @@ def adopt(
             values[name] = _initial_value(name, dtypes[name], param, initial)
     for name in ("step", "lr_scale"):
         if name in values:
-            values[name] = torch.as_tensor(values[name], dtype=torch.float32).reshape(())
+            scalar = torch.as_tensor(dtensors.whole(values[name]), dtype=torch.float32)
+            values[name] = scalar.reshape(()) if scalar.numel() == 1 else scalar
     validation.check_state(values, param, group_index, param_index, _expected_shapes(param, dtypes))
     return {
         name: _own_copy(value, param, dtypes[name]) if name in dtypes else value for name, value in values.items()
@@ -165,4 +166,5 @@ def adopt(
 def _own_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     if value.shape == _SCALAR_SHAPE and param.shape != _SCALAR_SHAPE:
         return value.detach().to(device=param.device, dtype=dtype, copy=True)
-    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(value)
+    own = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return own.copy_(dtensors.placed_like(value, param))

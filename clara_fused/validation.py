@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from .dtensors import is_dtensor
+
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from .options import GroupOptions
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PATH_DTYPES = (None, torch.float32, torch.bfloat16)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class SparseGradientError(TypeError, RuntimeError):
+    """A sparse gradient: a TypeError like other unsuitable tensors, and the RuntimeError that torch.optim raises."""
 
 
 def describe(group_index: int, param_index: int, tensor: Tensor) -> str:
@@ -159,6 +167,27 @@ def check_equal_in_all_groups(all_options: Sequence[GroupOptions], names: Sequen
                 )
 
 
+def check_process_group(group: object) -> None:
+    """Check that an optimizer can sum over this process group, or that there is none.
+
+    Raises:
+        TypeError: not a torch.distributed process group.
+        ValueError: a group that this rank does not belong to.
+    """
+    if group is None:
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(
+        group, (distributed.ProcessGroup, type(distributed.GroupMember.NON_GROUP_MEMBER))
+    ):
+        raise TypeError(
+            f"process_group must be None or a torch.distributed.ProcessGroup (torch.distributed.group.WORLD after "
+            f"init_process_group, for example), got {type(group).__name__}"
+        )
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this rank does not belong to the group")
+
+
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +212,23 @@ def check_param(param: Tensor, group_index: int, param_index: int) -> None:
             f"{describe(group_index, param_index, param)}: elements share memory (strides {param.stride()}); "
             f"pass a contiguous tensor"
         )
+    check_placements(param, group_index, param_index)
+
+
+def check_placements(param: Tensor, group_index: int, param_index: int) -> None:
+    """Check that a DTensor is divided or copied over its mesh; plain tensors pass.
+
+    Raises:
+        ValueError: a placement is Partial: each rank holds a summand, and Adam's step of a sum is not a sum.
+    """
+    if not is_dtensor(param):
+        return
+    placements = cast("DTensor", param).placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"{describe(group_index, param_index, param)}: placements {tuple(placements)} are partial, expected Shard "
+            f"or Replicate; redistribute the parameter first"
+        )
 
 
 def _grad_dtype_is_fine(param: Tensor, grad: Tensor) -> bool:
@@ -198,13 +244,13 @@ def check_grad(param: Tensor, grad: Tensor, group_index: int, param_index: int) 
     """Check that a gradient can update its parameter.
 
     Raises:
-        RuntimeError: sparse (as torch.optim.Adam raises).
+        SparseGradientError: sparse.
         TypeError: complex, integer, or a dtype that autograd does not produce for this parameter.
         ValueError: another shape or device than the parameter.
     """
     where = describe(group_index, param_index, param)
     if grad.layout is not torch.strided:
-        raise RuntimeError(
+        raise SparseGradientError(
             f"{where}: AdamClara does not support sparse gradients (layout {grad.layout}, shape {tuple(grad.shape)}, "
             f"dtype {grad.dtype}); expected a dense gradient"
         )
@@ -214,6 +260,11 @@ def check_grad(param: Tensor, grad: Tensor, group_index: int, param_index: int) 
         raise ValueError(f"{where}: gradient has shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
     if grad.device != param.device:
         raise ValueError(f"{where}: gradient is on {grad.device}, expected {param.device}")
+    if is_dtensor(param) or is_dtensor(grad):
+        mesh, grad_mesh = (getattr(tensor, "device_mesh", None) for tensor in (param, grad))
+        if mesh != grad_mesh:
+            got, expected = ("a plain tensor" if m is None else f"a DTensor on {m}" for m in (grad_mesh, mesh))
+            raise TypeError(f"{where}: gradient is {got}, expected {expected}")
 
 
 def check_state(
