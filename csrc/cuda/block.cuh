@@ -1,6 +1,8 @@
 // The shape of a block, and sums over its threads.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace clara {
