@@ -112,12 +112,12 @@ CONTENDERS: dict[str, Contender] = {
         Contender("dadaptation", "D-Adaptation", partial(_peer, "dadaptation", "DAdaptAdam", "d0")),
         Contender("schedulefree", "Schedule-free AdamW", partial(_peer, "schedulefree", "AdamWScheduleFree", "lr")),
         *(
-            _renamed(f"{variant}-published", f"{variant.capitalize()} as first published", clara(variant, **AS_PUBLISHED))
-            for variant in VARIANTS
+            _renamed(f"{variant}-published", f"{cls.__name__} as first published", clara(variant, **AS_PUBLISHED))
+            for variant, cls in VARIANTS.items()
         ),
         *(
-            _renamed(f"{variant}-deferred", f"{variant.capitalize()} deferred", clara(variant, deferred=True))
-            for variant in VARIANTS
+            _renamed(f"{variant}-deferred", f"{cls.__name__} deferred", clara(variant, deferred=True))
+            for variant, cls in VARIANTS.items()
         ),
     )
 }

@@ -17,7 +17,7 @@ import torch
 from .contenders import Contender
 from .tasks import Evaluation, Task
 
-SNAPSHOTS = 40  # moments at which loss and rates are recorded, evenly spaced
+SNAPSHOTS = 20  # moments at which loss and rates are recorded, evenly spaced
 RECORD_FORMAT = 1
 
 
@@ -68,16 +68,16 @@ def _perform(run: Run) -> dict[str, Any]:
         for parameter in problem.parameters:
             parameter.grad = None
         loss.backward()
-        before = time.perf_counter()
+        before = time.thread_time()
         trainer.step()
-        optimizer_seconds += time.perf_counter() - before
+        optimizer_seconds += time.thread_time() - before
         loss_since += loss.item()
         if step % every == 0:
             rates = trainer.rates()
             snapshots["step"].append(step)
-            snapshots["loss"].append(rounded(loss_since / every))
+            snapshots["loss"].append(rounded(loss_since / every, 4))
             for name, value in zip(("min", "median", "max"), (rates.min(), rates.median(), rates.max()), strict=True):
-                snapshots[f"lr_{name}"].append(rounded(value.item()))
+                snapshots[f"lr_{name}"].append(rounded(value.item(), 4))
             loss_since = 0.0
             if not math.isfinite(loss.item()):
                 break
@@ -92,6 +92,7 @@ def _perform(run: Run) -> dict[str, Any]:
         # Worse than not having trained at all.
         "diverged": not last.training_loss <= first.training_loss,
         "snapshots": snapshots,
+        # CPU time, which other processes on the machine do not lengthen.
         "optimizer_seconds": rounded(optimizer_seconds),
         "seconds": rounded(time.perf_counter() - started),
         "torch": torch.__version__,
@@ -104,9 +105,9 @@ def _evaluate(problem: Any) -> Evaluation:
     return evaluation
 
 
-def rounded(value: float | None) -> float | None:
-    """Six significant digits: results stay readable and small."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+def rounded(value: float | None, digits: int = 6) -> float | None:
+    """To so many significant digits: results stay readable and small."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,191 @@
+"""Pictures and tables of docs/learning_rate.md, from recorded results alone.
+
+What stands between `<!-- study: NAME -->` and `<!-- end of study -->` in the text is generated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .measures import TOLERANCE, Kind, Study
+from .plans import DECADES, DEFERRED, MAIN, OURS, PUBLISHED, SWEEP_TASKS
+from .report import Table, label, loss_table, span_table, summary_table
+from .runs import read_records
+from .sweep_report import sweep_table
+from .tasks import TASKS
+
+MARKED = re.compile(r"(<!-- study: (\S+) -->\n)(.*?)(<!-- end of study -->)", re.DOTALL)
+
+# Okabe and Ito's colors, told apart by color-blind readers as well.
+STYLES = {
+    "adam": ("#000000", "-"),
+    "adamw-cosine": ("#000000", ":"),
+    "global": ("#0072B2", "-"),
+    "local": ("#D55E00", "-"),
+    "smoothed": ("#009E73", "-"),
+    "prodigy": ("#CC79A7", "--"),
+    "dadaptation": ("#E69F00", "--"),
+    "schedulefree": ("#56B4E9", "--"),
+}
+TRAJECTORY_TASKS = ("mlp-digits", "conv-digits", "gpt-text", "rosenbrock-noise")
+
+
+def write_figures(results: Path, docs: Path) -> None:
+    study = Study(read_records(results / "full.jsonl"))
+    sweep = Study([*read_records(results / "full.jsonl"), *read_records(results / "sweep.jsonl")])
+    walk = json.loads((results / "random_walk.json").read_text(encoding="utf-8"))
+    for name, figure in (
+        ("losses", draw_losses(study)),
+        ("trajectories", draw_trajectories(study)),
+        ("random_walk", draw_random_walk(walk)),
+    ):
+        figure.savefig(docs / "images" / f"learning_rate_{name}.png", dpi=110)
+        plt.close(figure)
+    text = docs / "learning_rate.md"
+    if text.exists():
+        text.write_text(with_tables(text.read_text(encoding="utf-8"), study, sweep, walk), encoding="utf-8")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def with_tables(text: str, study: Study, sweep: Study, walk: dict[str, Any]) -> str:
+    """The text with its marked parts generated anew.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+    tables: dict[str, Callable[[], str]] = {
+        "coverage": lambda: coverage(study),
+        "loss-gpt": lambda: loss_table(study, "gpt-text", "validation", MAIN).markdown(),
+        "random-walk": lambda: walk_table(walk).markdown(),
+        "published": lambda: summary_table(study, "validation", [*OURS, *PUBLISHED, *DEFERRED]).markdown(),
+    }
+    kinds: tuple[Kind, ...] = ("validation", "training")
+    for kind in kinds:
+        tables[f"summary-{kind}"] = lambda kind=kind: summary_table(study, kind, MAIN).markdown()  # type: ignore[misc]
+        tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
+            study, kind, ["adam", *OURS, "prodigy", "schedulefree"]
+        ).markdown()
+        tables[f"sweep-{kind}"] = lambda kind=kind: sweep_table(sweep, kind, SWEEP_TASKS).markdown()  # type: ignore[misc]
+    return MARKED.sub(lambda match: match[1] + tables[match[2]]() + match[4], text)
+
+
+def coverage(study: Study) -> str:
+    fewest, most = study.seeds()
+    seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    runs = sum(len(cell.records) for cell in study.cells.values())
+    return f"Recorded: {runs} runs on {len(study.tasks)} tasks, {seeds} per task, optimizer and initial rate.\n"
+
+
+def walk_table(walk: dict[str, Any]) -> Table:
+    header = ["parameters", "Monte Carlo, paper", "Monte Carlo, this project", "closed form"]
+    rows = [
+        [f"{row['elements']:,}", f"{row['paper']:.4f}", f"{row['monte_carlo']:.4f}", f"{row['closed_form']:.4f}"]
+        for row in walk["normalized"]
+    ]
+    return Table("normalized steps", header, rows)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows + 0.5), layout="constrained", squeeze=False
+    )
+    flat = list(axes.flat)
+    for unused in flat[count:]:
+        unused.set_visible(False)
+    for each in flat[:count]:
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, flat[:count]
+
+
+def draw_losses(study: Study) -> Figure:
+    """Final loss over the initial rate, a panel per task; bands from the best to the worst seed."""
+    figure, panels = grid(len(study.tasks), 4, 3.5, 2.6)
+    for axes, task in zip(panels, study.tasks, strict=True):
+        draw_task(axes, study, task)
+    handles = [Line2D([], [], color=color, linestyle=line, label=label(o)) for o, (color, line) in STYLES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
+    return figure
+
+
+def draw_task(axes: Axes, study: Study, task: str) -> None:
+    digits = TASKS[task].goal == "digits"
+    sign = -1.0 if digits else 1.0
+    shown: list[float] = []
+    for optimizer, (color, line) in STYLES.items():
+        lrs = [lr for lr in study.lrs(task, optimizer) if optimizer == "adam" or lr in DECADES]
+        scores = [[sign * s for s in study.cells[task, optimizer, lr].scores("validation")] for lr in lrs]
+        means = [sum(values) / len(values) for values in scores]
+        axes.plot(lrs, means, line, color=color, linewidth=1.5)
+        axes.fill_between(lrs, [min(s) for s in scores], [max(s) for s in scores], color=color, alpha=0.1, linewidth=0)
+        shown += [value for values in scores for value in values if abs(value) != float("inf")]
+    tuned = study.tuned_baseline(task, "validation")
+    if tuned:
+        bound = sign * tuned[1] * (1 - TOLERANCE if digits else 1 + TOLERANCE)
+        axes.axhline(bound, color="#999999", linewidth=0.8, linestyle="--")
+        if not digits:
+            # Diverged runs would press everything else together.
+            axes.set_ylim(0.8 * min(shown), min(1.2 * max(shown), 40 * tuned[1]))
+            axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_title(f"{TASKS[task].label}: {'digits gained' if digits else 'validation loss'}", fontsize=9)
+
+
+def draw_trajectories(study: Study) -> Figure:
+    """The median effective rate over the steps, a column per optimizer, a color per initial rate; seed 0."""
+    tasks = [task for task in TRAJECTORY_TASKS if task in study.tasks]
+    figure, panels = grid(len(tasks) * len(OURS), len(OURS), 4.2, 2.4)
+    colors = plt.get_cmap("viridis")
+    for row, task in enumerate(tasks):
+        for column, optimizer in enumerate(OURS):
+            axes = panels[row * len(OURS) + column]
+            for index, lr in enumerate(DECADES):
+                cell = study.cells.get((task, optimizer, lr))
+                if cell is None:
+                    continue
+                snapshots = cell.records[0]["snapshots"]
+                steps, rates = [0, *snapshots["step"]], [lr, *snapshots["lr_median"]]
+                axes.plot(steps, rates, color=colors(index / len(DECADES)), linewidth=1.4)
+            axes.set_yscale("log")
+            axes.set_title(f"{label(optimizer)}, {TASKS[task].label}", fontsize=9)
+    figure.supxlabel("step")
+    figure.supylabel("effective learning rate, median over tensors")
+    return figure
+
+
+def draw_random_walk(walk: dict[str, Any]) -> Figure:
+    """Expected squared path per element: recursion against paths of real Adam on noise, and their difference."""
+    figure, (values, errors) = grid(2, 2, 5.5, 3.4)
+    for color, row in zip(("#D55E00", "#0072B2", "#009E73"), walk["adam"], strict=True):
+        steps = range(1, len(row["reference"]) + 1)
+        name = f"smoothing {row['smoothing']:g}"
+        values.plot(steps, row["reference"], color=color, label=name)
+        values.plot(steps, row["monte_carlo"], ".", color=color, markersize=3)
+        ratio = [100 * (m / r - 1) for m, r in zip(row["monte_carlo"], row["reference"], strict=True)]
+        errors.plot(steps, ratio, color=color, label=name)
+    values.set(title="recursion (lines) and Monte Carlo (dots)", xlabel="step", ylabel="expected path² per element")
+    errors.set(title="Monte Carlo above recursion", xlabel="step", ylabel="%")
+    values.legend(frameon=False)
+    return figure
+
+
+

@@ -1,0 +1,118 @@
+"""Tables of a study: to the terminal, and as Markdown for the docs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from .contenders import CONTENDERS
+from .measures import BASELINE, Kind, Study, summarize
+from .plans import DECADES
+from .runs import read_records
+from .tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def show(self, console: Console) -> None:
+        table = RichTable(title=self.title)
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def label(optimizer: str) -> str:
+    return CONTENDERS[optimizer].label if optimizer in CONTENDERS else optimizer
+
+
+def lr_text(lr: float) -> str:
+    mantissa, exponent = f"{lr:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent(fraction: float | None) -> str:
+    if fraction is None or math.isnan(fraction):
+        return "–"
+    return f"{100 * fraction:+.1f}%" if abs(fraction) < 10 else "> 1000%"
+
+
+def summary_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
+    rows = []
+    for optimizer in optimizers:
+        summary = summarize(study, optimizer, kind, study.tasks)
+        if summary is None:
+            continue
+        rows.append(
+            [
+                label(optimizer),
+                f"{summary.mean_span:.1f}",
+                f"{summary.wide} of {summary.tasks}",
+                percent(summary.median_regret),
+                f"{summary.small_regret} of {summary.tasks}",
+                f"{summary.diverged} of {summary.runs}",
+            ]
+        )
+    header = ["optimizer", "mean span", "span ≥ 6", "median regret", "regret ≤ 1%", "diverged, lr ≤ 1e-2"]
+    return Table(f"by {kind} loss, {len(study.tasks)} tasks", header, rows)
+
+
+def span_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
+    """A line per task: the lr of tuned Adam, and every optimizer's span and regret."""
+    rows = []
+    for task in study.tasks:
+        tuned = study.tuned_baseline(task, kind)
+        cells = []
+        for optimizer in optimizers:
+            m = study.measures(task, optimizer, kind)
+            cells.append("–" if m is None else f"{m.span} ({percent(m.regret)})")
+        rows.append([TASKS[task].label, lr_text(tuned[0]) if tuned else "–", *cells])
+    return Table(f"span (regret) by {kind} loss", ["task", "Adam's lr", *map(label, optimizers)], rows)
+
+
+def loss_table(study: Study, task: str, kind: Kind, optimizers: Sequence[str]) -> Table:
+    """Mean over seeds of the final loss, or of the digits gained, from each decade."""
+    digits = TASKS[task].goal == "digits"
+    rows = []
+    for optimizer in optimizers:
+        means = study.means(task, optimizer, kind)
+        if means:
+            values = [means.get(lr, math.nan) for lr in DECADES]
+            rows.append([label(optimizer), *(number(abs(value) if digits else value) for value in values)])
+    what = "digits gained" if digits else f"{kind} loss"
+    return Table(f"{TASKS[task].label}: {what}", ["optimizer", *map(lr_text, DECADES)], rows)
+
+
+def number(value: float) -> str:
+    """Three digits; infinite: not finite at the end of some seed; NaN: not run."""
+    return "–" if math.isnan(value) else f"{value:.3g}" if math.isfinite(value) else "∞"
+
+
+def print_report(console: Console, path: Path) -> None:
+    study = Study(read_records(path))
+    if not study.cells:
+        console.print(f"no records in {path}")
+        return
+    optimizers = study.optimizers
+    for task in study.tasks:
+        loss_table(study, task, "validation", optimizers).show(console)
+    kinds: tuple[Kind, ...] = ("training", "validation")
+    for kind in kinds:
+        if any(study.tuned_baseline(task, kind) for task in study.tasks):
+            summary_table(study, kind, optimizers).show(console)
+    fewest, most = study.seeds()
+    console.print(f"{len(study.cells)} settings, {fewest} to {most} seeds each; baseline: tuned {label(BASELINE)}")
