@@ -79,6 +79,9 @@ def run_all(args: argparse.Namespace) -> list[Result]:
     for lr, optimizer in pairs:  # a bad option shows now, not after the runs before it
         build_optimizer(optimizer, nn.Linear(1, 1), lr, options)
 
+    if args.resume and not any(args.resume.glob("*.pt")):
+        raise CheckpointError(f"no checkpoint in {args.resume}")
+
     console = Console()
     results: list[Result] = []
     with progress_bars(console) as progress:
@@ -119,12 +122,16 @@ def run(
         "seed": args.seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    if args.resume:
-        checkpoint = args.resume / f"{name}.pt"
+    checkpoint = args.resume / f"{name}.pt" if args.resume else None
+    if checkpoint and not checkpoint.exists():
+        progress.console.print(f"no checkpoint of {name}: from the beginning")
+    elif checkpoint:
         history = load_checkpoint(checkpoint, settings, model, optimizer, batch_generator)
         if len(history.training_loss) > args.steps:
             raise CheckpointError(f"{checkpoint} is at step {len(history.training_loss)}, beyond --steps {args.steps}")
     first_step = len(history.training_loss) + 1
+    if first_step == 1:
+        history.record_validation(0, *evaluate(model, *data.validation))
     bar = progress.add_task(
         f"{optimizer_name:8} from {lr:<6g}", total=args.steps, completed=first_step - 1, loss=float("nan"), lr=lr
     )

@@ -59,7 +59,9 @@ class TextData:
         self.context = context
         text = read_text(path)
         if len(text) < 10 * HELD_OUT_BLOCK:
-            raise ValueError(f"{path or 'text'} holds {len(text)} characters; at least {10 * HELD_OUT_BLOCK} are needed")
+            raise ValueError(
+                f"{path or 'text'} holds {len(text)} characters; at least {10 * HELD_OUT_BLOCK} are needed"
+            )
         most_frequent = Counter(text).most_common(VOCABULARY_SIZE - 1)
         self.vocabulary = sorted(character for character, _ in most_frequent)
         self.vocabulary_size = len(self.vocabulary) + 1
@@ -104,7 +106,7 @@ def read_text(path: Path | None) -> str:
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not is_hidden(file.relative_to(path)))
     elif path.is_file():
-        return path.read_text(encoding="utf-8")[:MAX_CHARACTERS]
+        files = [path]
     else:
         raise ValueError(f"{path}: no such file or folder; --data takes digits, text, or a path to text")
 
@@ -114,6 +116,8 @@ def read_text(path: Path | None) -> str:
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
+            if file == path:
+                raise ValueError(f"{path} is not UTF-8 text") from None
             continue
         length += len(texts[-1])
         if length >= MAX_CHARACTERS:

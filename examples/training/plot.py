@@ -39,11 +39,10 @@ def plot_results(results: list[Result], path: Path, title: str) -> None:
         loss_axes.plot(steps, moving_average(history.training_loss), style, color=color, alpha=0.35, linewidth=1)
         loss_axes.plot(history.validation_steps, history.validation_loss, style, color=color, linewidth=1.8)
         lr_axes.plot(steps, history.lr_median, style, color=color, linewidth=1.8)
-        lr_axes.fill_between(steps, history.lr_min, history.lr_max, color=color, alpha=0.12, linewidth=0)
 
     loss_axes.set(title="loss: held out (bold), training (thin)", xlabel="step", ylabel="cross-entropy [nats]")
     lr_axes.set(
-        title="effective learning rate: median and range over tensors",
+        title="effective learning rate: median over the parameter tensors",
         xlabel="step",
         ylabel="effective learning rate",
         yscale="log",
