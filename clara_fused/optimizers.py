@@ -17,7 +17,7 @@ from .batches import Batch, StepInputs, TensorWork, moved
 from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, read_options
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
-_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "max_temporary_bytes", "_step_supports_amp_scaling")
+_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_max_temporary_bytes", "_step_supports_amp_scaling")
 
 
 class AdamClara(Optimizer):
@@ -62,8 +62,6 @@ class AdamClara(Optimizer):
 
     fused: bool | None
     _plan: core_backend.Plan | None
-    max_temporary_bytes: int | None
-    """Bound of the PyTorch back end's scratch memory in one step, in bytes; None chooses by device."""
 
     def __init__(
         self,
@@ -120,6 +118,20 @@ class AdamClara(Optimizer):
         self.max_temporary_bytes = None
         self._forget_caches()
         super().__init__(params, defaults)
+
+    @property
+    def max_temporary_bytes(self) -> int | None:
+        """Bound of the PyTorch back end's scratch memory in one step, in bytes; None chooses by device.
+
+        Raises (when set):
+            TypeError, ValueError: neither None nor an integer of at least 1.
+        """
+        return self._max_temporary_bytes
+
+    @max_temporary_bytes.setter
+    def max_temporary_bytes(self, limit: int | None) -> None:
+        validation.check_max_temporary_bytes(limit)
+        self._max_temporary_bytes = limit
 
     @property
     def process_group(self) -> Any:

@@ -151,6 +151,21 @@ def _check_initial_scale(group: Mapping[str, Any], group_index: int) -> None:
         )
 
 
+def check_max_temporary_bytes(limit: object) -> None:
+    """Check a bound of scratch memory.
+
+    Raises:
+        TypeError: neither None nor an integer.
+        ValueError: below 1.
+    """
+    if limit is None:
+        return
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        raise TypeError(f"max_temporary_bytes must be None or an integer, got {limit!r}")
+    if limit < 1:
+        raise ValueError(f"max_temporary_bytes must be at least 1, got {limit}")
+
+
 def check_equal_in_all_groups(all_options: Sequence[GroupOptions], names: Sequence[str]) -> None:
     """Check that the groups of AdamClaraGlobal agree on everything that decides on its one scale.
 
