@@ -101,7 +101,7 @@ def reference_at(steps: Tensor, options: GroupOptions) -> Tensor:
         return torch.full_like(steps, options.reference)
     table = _reference_table_on(options.beta1, options.smoothing, steps.device, steps.dtype)
     limit = random_walk_limit(options.beta1, options.smoothing)
-    tabulated = table[(steps - 1.0).clamp(0, len(table) - 1).to(torch.int64)]
+    tabulated = table.index_select(0, (steps - 1.0).clamp(0, len(table) - 1).to(torch.int64))
     steps_beyond = (steps - len(table)).clamp(min=0.0)
     decay = _tail_decay(options.smoothing)
     # exp(-inf * 0) would be NaN, so smoothing = 1 is told apart on the host.
