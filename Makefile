@@ -4,7 +4,9 @@
 #   make lint      ruff and mypy alone
 #   make bench     time per optimizer step, host overhead, training steps; into bench/    (BENCH_ARGS="--models resnet50")
 #   make wheel     dist/*.whl
-#   make figures   the pictures in docs/images, from fresh demo runs and the recorded benchmark results
+#   make study     the learning-rate study, hours             (make study-quick: minutes)
+#   make figures   tables and plots of README and docs, from the recorded benchmark results
+#   make demo-figure   docs/images/demo.png, from a fresh demo run
 #   make clean     everything that the targets above wrote, except .venv
 
 PYTHON ?= python3
@@ -20,17 +22,21 @@ PIP := $(BIN)/python -m pip
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 EXTRAS_demo := examples
-EXTRAS_test := examples,test,lint
+EXTRAS_test := examples,bench,test,lint
 EXTRAS_lint := lint
 EXTRAS_bench := bench
-EXTRAS_figures := examples,bench
+EXTRAS_figures := bench
+EXTRAS_study := bench,study
+STUDY_PLAN_study := full
+STUDY_PLAN_study-quick := quick
 
-.PHONY: demo test lint bench wheel figures clean
+.PHONY: demo test lint bench wheel figures demo-figure study study-quick clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
+# One thread: the model is too small to gain from more, and the same numbers come out whatever the machine's cores.
 demo: $(VENV)/.ready-demo
-	$(BIN)/python examples/train.py --data text --optimizer adam global local smoothed --lr 1e-5 1e-3 \
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train.py --data text --optimizer adam global local smoothed --lr 1e-5 1e-3 \
 	    --steps 500 --batch-size 24 --seed 0 --out demo $(DEMO_ARGS)
 
 test: $(VENV)/.ready-test
@@ -52,9 +58,16 @@ bench: $(VENV)/.ready-bench
 wheel: $(VENV)/.build-tools
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-figures: demo $(VENV)/.ready-figures
+figures: $(VENV)/.ready-figures
+	$(BIN)/python benchmarks/figures.py
+
+demo-figure: demo
 	mkdir -p docs/images
 	cp demo/curves.png docs/images/demo.png
+
+study study-quick: $(VENV)/.ready-study
+	$(BIN)/python benchmarks/lr_robustness.py run $(STUDY_PLAN_$@)
+	$(BIN)/python benchmarks/lr_robustness.py report $(STUDY_PLAN_$@)
 	$(BIN)/python benchmarks/figures.py
 
 clean:
