@@ -4,7 +4,9 @@
 #   make lint      ruff and mypy alone
 #   make bench     time per optimizer step, host overhead, training steps; into bench/    (BENCH_ARGS="--models resnet50")
 #   make wheel     dist/*.whl
-#   make study     the learning-rate study, hours             (make study-quick: minutes)
+#   make study     the learning-rate study, hours; stopped at any time, it goes on where it was  (STUDY_ARGS="--help")
+#   make study-quick     a small part of it, minutes
+#   make study-figures   pictures and tables of docs/learning_rate.md, from the study's records
 #   make figures   tables and plots of README and docs, from the recorded benchmark results
 #   make demo-figure   docs/images/demo.png, from a fresh demo run
 #   make clean     everything that the targets above wrote, except .venv
@@ -15,6 +17,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BENCH_OUT ?= bench
 DEMO_ARGS ?=
+STUDY_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,11 +29,9 @@ EXTRAS_test := examples,bench,test,lint
 EXTRAS_lint := lint
 EXTRAS_bench := bench
 EXTRAS_figures := bench
-EXTRAS_study := bench,study
-STUDY_PLAN_study := full
-STUDY_PLAN_study-quick := quick
+EXTRAS_study := examples,bench,study
 
-.PHONY: demo test lint bench wheel figures demo-figure study study-quick clean
+.PHONY: demo test lint bench wheel figures demo-figure study study-quick study-figures clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -65,10 +66,16 @@ demo-figure: demo
 	mkdir -p docs/images
 	cp demo/curves.png docs/images/demo.png
 
-study study-quick: $(VENV)/.ready-study
-	$(BIN)/python benchmarks/lr_robustness.py run $(STUDY_PLAN_$@)
-	$(BIN)/python benchmarks/lr_robustness.py report $(STUDY_PLAN_$@)
-	$(BIN)/python benchmarks/figures.py
+study: $(VENV)/.ready-study
+	$(BIN)/python benchmarks/lr_robustness.py run full $(STUDY_ARGS)
+	$(BIN)/python benchmarks/lr_robustness.py run sweep $(STUDY_ARGS)
+
+study-quick: $(VENV)/.ready-study
+	$(BIN)/python benchmarks/lr_robustness.py run quick --results build/study-quick.jsonl $(STUDY_ARGS)
+
+study-figures: $(VENV)/.ready-study
+	$(BIN)/python benchmarks/lr_robustness.py random-walk
+	$(BIN)/python benchmarks/lr_robustness.py figures
 
 clean:
 	rm -rf build dist demo runs bench htmlcov .coverage .coverage.* *.egg-info

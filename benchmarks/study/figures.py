@@ -44,19 +44,31 @@ TRAJECTORY_TASKS = ("mlp-digits", "conv-digits", "gpt-text", "rosenbrock-noise")
 
 
 def write_figures(results: Path, docs: Path) -> None:
+    """Draws the pictures and renews the tables.
+
+    Raises:
+        FileNotFoundError: the random walk was not simulated, or there is no text.
+    """
     study = Study(read_records(results / "full.jsonl"))
-    sweep = Study([*read_records(results / "full.jsonl"), *read_records(results / "sweep.jsonl")])
-    walk = json.loads((results / "random_walk.json").read_text(encoding="utf-8"))
     for name, figure in (
         ("losses", draw_losses(study)),
         ("trajectories", draw_trajectories(study)),
-        ("random_walk", draw_random_walk(walk)),
+        ("random_walk", draw_random_walk(read_walk(results))),
     ):
         figure.savefig(docs / "images" / f"learning_rate_{name}.png", dpi=110)
         plt.close(figure)
     text = docs / "learning_rate.md"
-    if text.exists():
-        text.write_text(with_tables(text.read_text(encoding="utf-8"), study, sweep, walk), encoding="utf-8")
+    text.write_text(with_recorded_tables(text.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+def read_walk(results: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((results / "random_walk.json").read_text(encoding="utf-8"))
+    return found
+
+
+def with_recorded_tables(text: str, results: Path) -> str:
+    full, swept = list(read_records(results / "full.jsonl")), list(read_records(results / "sweep.jsonl"))
+    return with_tables(text, Study(full), Study([*full, *swept]), read_walk(results))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
