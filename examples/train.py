@@ -89,6 +89,8 @@ def run_all(args: argparse.Namespace) -> list[Result]:
             result = run(args, data, device, optimizer, lr, options, progress)
             result.write_json(args.out / f"{result.name}.json")
             results.append(result)
+            if not console.is_terminal:  # where bars cannot move, a line per run tells how far it is
+                console.print(f"{result.name}: validation loss {result.history.validation_loss[-1]:.3f}")
     print_table(console, results)
     picture = args.out / "curves.png"
     plot_results(results, picture, f"{data.name}, batches of {results[0].settings['batch_size']}, seed {args.seed}")
