@@ -42,10 +42,10 @@ from harness.report import (
 from harness.statistics import Samples, measure_interleaved, ratios, summarize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 # torch.compile unrolls every tensor: half a minute for 60 of them.
 MAX_TENSORS_TO_COMPILE = 20
-MEMORY_SHARE = 0.6  # of what is free, for one group of contenders
+MEMORY_SHARE = 0.5  # of what is free, for one group of contenders
 NEVER_GRAPHED = {"published", "adam-loop"}  # they read from the device, or keep their step count on the host
 
 
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of the parameters: {', '.join(DTYPES)}; default: float32 bfloat16")  # fmt: skip
     add("--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(DEFAULT_CONTENDERS),
         metavar="NAME", help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
-    add("--seconds", type=float, default=20.0, help="to measure per model and dtype; default: %(default)g")
+    add("--seconds", type=float, default=15.0, help="to measure per model and dtype; default: %(default)g")
     add("--rounds", type=int, default=200, help="at most; default: %(default)s")
     add("--graph", action="store_true", help="replay every step from a CUDA graph")
     add("--cache", choices=["flushed", "kept"],

@@ -27,6 +27,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(total_memory() / 2**30, 1),
         "system": platform.system(),
+        "load_average": round(os.getloadavg()[0], 1),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
+NOISE_BLOCK = 1 << 16  # values
+
 
 @dataclass(frozen=True)
 class ModelShapes:
@@ -26,15 +28,24 @@ class ModelShapes:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def parameters(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
-        """Random parameters with random gradients, float32 or as `dtype`."""
-        generator = torch.Generator(device).manual_seed(seed)
+        """Parameters and gradients of random values; one block of them, repeated: to draw all takes longer."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(NOISE_BLOCK, generator=generator).to(dtype=dtype, device=device)
         params = []
         for shape in self.shapes:
-            param = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator)
-            param.requires_grad_()
-            param.grad = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.01, generator=generator)
+            param = repeated(0.02 * noise, shape).requires_grad_()
+            param.grad = repeated(0.01 * noise.flip(0), shape)
             params.append(param)
         return params
+
+
+def repeated(block: Tensor, shape: Shape) -> Tensor:
+    """A tensor of that shape, filled with the block again and again."""
+    filled = torch.empty(math.prod(shape), dtype=block.dtype, device=block.device)
+    whole = filled.numel() // block.numel() * block.numel()
+    filled[:whole].view(-1, block.numel()).copy_(block)
+    filled[whole:].copy_(block[: filled.numel() - whole])
+    return filled.view(shape)
 
 
 def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> tuple[Shape, ...]:

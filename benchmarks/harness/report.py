@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 def usable_device(args: argparse.Namespace) -> torch.device:
     """The device asked for, made current; exits with status 3 if this machine lacks it."""
+    warn_of_other_work()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -43,6 +45,17 @@ def usable_device(args: argparse.Namespace) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
+
+
+def warn_of_other_work() -> None:
+    """Ratios survive a machine that slows now and then, but not one whose cores are taken all the time.
+
+    Two threads that wait for each other then wait for the scheduler: torch's fused Adam, which starts its threads anew
+    for every tensor, was seen a thousand times slower.
+    """
+    load = os.getloadavg()[0]
+    if load > 0.5 * (os.cpu_count() or 1):
+        console.print(f"[bold]other work is running here (load average {load:.1f}): the ratios may not repeat[/bold]")
 
 
 def checked_choices(kind: str, known: Any) -> Callable[[str], str]:

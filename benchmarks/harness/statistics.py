@@ -79,7 +79,9 @@ def measure_interleaved(
     steps_per_sample = {}
     once = {}
     for name, step in steps.items():
-        once[name] = min(clock.seconds_per_step(step, 1) for _ in range(2))
+        once[name] = clock.seconds_per_step(step, 1)
+        if once[name] < clock.min_sample_seconds:
+            once[name] = min(once[name], clock.seconds_per_step(step, 3))
         fitting = math.ceil(clock.min_sample_seconds / max(once[name], 1e-7))
         steps_per_sample[name] = min(max(fitting, 1), MAX_STEPS_PER_SAMPLE)
     slow = {name for name in steps if once[name] > SLOW * once[baseline] and once[name] > clock.min_sample_seconds}
