@@ -1,9 +1,9 @@
 """Builds clara_fused._core, the compiled core, with ninja: as much of it as this machine can.
 
-CLARA_BUILD         python: no core; cpu: the CPU kernels; cuda: those and the CUDA kernels. What is asked for and cannot
-                    be built is an error. Not set: the most that can be built.
-CLARA_CUDA_ARCHS    CUDA architectures, such as "90" or "80;90". Not set: all supported ones that nvcc knows, and PTX of
-                    the newest for those to come.
+CLARA_BUILD         python: no core; cpu: the CPU kernels; cuda: those and the CUDA kernels. What is asked for and
+                    cannot be built is an error. Not set: the most that can be built.
+CLARA_CUDA_ARCHS    CUDA architectures, such as "90" or "80;90". Not set: all supported ones that nvcc knows, and PTX
+                    of the newest for those to come.
 CUDA_HOME           the CUDA toolkit. Not set: the one of the nvcc on the path.
 CXX                 the C++ compiler; default g++ or c++.
 """
@@ -69,7 +69,8 @@ def find_compiler() -> list[str]:
             source = Path(folder, "probe.cpp")
             source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>().size()); }\n")
             try:
-                subprocess.run([*command, "-std=c++17", str(source), "-o", f"{source}.out"], check=True, capture_output=True)
+                program = [*command, "-std=c++17", str(source), "-o", f"{source}.out"]
+                subprocess.run(program, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError):
                 continue
         return command
@@ -86,7 +87,7 @@ class CudaToolkit:
     archs: tuple[str, ...]
 
     def libraries(self) -> list[Path]:
-        return [path for path in (self.home / "lib64", self.home / "lib", self.home / "targets/x86_64-linux/lib") if path.is_dir()]
+        return [path for path in (self.home / "lib64", self.home / "lib") if path.is_dir()]
 
     def code_flags(self) -> list[str]:
         newest = max(self.archs, key=lambda arch: int(re.sub(r"\D", "", arch)))
@@ -136,7 +137,7 @@ def cuda_archs(nvcc: Path) -> tuple[str, ...]:
     unknown = [arch for arch in archs if arch not in known]
     if unknown:
         raise CannotBuild(
-            f"CLARA_CUDA_ARCHS={wanted}: {nvcc} does not know {', '.join(unknown)} (it knows {', '.join(sorted(known, key=int))})"
+            f"CLARA_CUDA_ARCHS={wanted}: {nvcc} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
         )
     return archs
 
@@ -283,9 +284,11 @@ class NinjaFile:
         if sys.platform == "darwin":
             flags += ["-undefined", "dynamic_lookup"]
         else:
-            # The C++ runtime comes along, so that a wheel does not depend on the one of the machine it lands on, and
-            # its symbols stay inside.
-            flags += ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
+            # The C++ runtime comes along, so that a wheel does not depend on the one of the machine it lands on.
+            # Nothing but Python's entry point leaves the module: torch brings a C++ runtime of its own.
+            exports = self.build_dir / "exports.map"
+            exports.write_text("{ global: PyInit__core; local: *; };\n")
+            flags += ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={exports}", "-Wl,--as-needed"]
         libraries: list[str] = []
         if self.plan.cuda:
             libraries += [f"-L{path}" for path in self.plan.cuda.libraries()] + ["-lcudart_static", "-lrt"]

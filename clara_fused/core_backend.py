@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from . import _core
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Tables of the random-walk reference kept on a device, one per (beta1, smoothing) in use lately.
+_MAX_REFERENCES = 64
 _REINSTALL = "reinstall clara_fused on a machine with a C++ compiler (`pip install --force-reinstall --no-deps .`)"
 
 
@@ -49,8 +52,8 @@ def _load() -> tuple[ModuleType | None, str]:
     return _core, ""
 
 
-def core_status(device_type: str, param_dtype: torch.dtype) -> str | None:
-    """Why the compiled core cannot serve parameters of this dtype on such a device; None if it can.
+def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | None:
+    """Why the compiled core cannot serve parameters of this dtype on this device; None if it can.
 
     Returns:
         one sentence for the user, with what to do about it.
@@ -58,21 +61,32 @@ def core_status(device_type: str, param_dtype: torch.dtype) -> str | None:
     core, problem = _load()
     if core is None:
         return problem
-    if device_type == "cpu":
+    device = torch.device(device)
+    if device.type == "cpu":
         return None
-    if device_type != "cuda":
-        return f"the compiled core has no kernels for {device_type} devices; use fused=None or fused=False there"
+    if device.type != "cuda":
+        return f"the compiled core has no kernels for {device.type} devices; use fused=None or fused=False there"
     if core.build_info()["cuda"] is None:
-        return "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed"
+        return _no_cuda_kernels
     if param_dtype == torch.float64:
         return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False for them"
-    problem = core.cuda_status()
-    return problem or None
+    return _cuda_problem(device.index or 0) or None
+
+
+_no_cuda_kernels = (
+    "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed"
+)
+
+
+@cache
+def _cuda_problem(index: int) -> str:
+    problem: str = _core_module().cuda_problem(index)
+    return problem
 
 
 def _why_not(param: Tensor, grad: Tensor, path_dtype: torch.dtype) -> str | None:
     """Why the core cannot step this tensor; None if it can."""
-    problem = core_status(param.device.type, param.dtype)
+    problem = core_status(param.device, param.dtype)
     if problem is not None:
         return problem
     core = _core_module()
@@ -197,6 +211,7 @@ class CoreBatch:
         self._keep: tuple[Tensor | None, ...] = ()
         for work in works:
             self._add(work, options[work.group_index].amsgrad)
+        self._memory = _DeviceMemory(self._bucket, self._device) if self._is_cuda else None
 
     @property
     def stages(self) -> bool:
@@ -253,7 +268,9 @@ class CoreBatch:
 
     def _launch(self) -> tuple[int, int]:
         """Number of threads, and CUDA stream, that the next operation is to use."""
-        if self._is_cuda:
+        if self._memory is not None:
+            self._groups.uploads.reach_current_stream()
+            self._memory.uploads.reach_current_stream()
             return 0, torch._C._cuda_getCurrentRawStream(self._device.index)
         return torch.get_num_threads(), 0
 
@@ -290,6 +307,48 @@ class CoreBatch:
                 original.copy_(copy)
 
 
+class _Uploads:
+    """Host data on its way to a device: never waited for by the host, but by every stream that is to read it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._alive: deque[Tensor] = deque(maxlen=2 * _MAX_REFERENCES)
+        self._stream: torch.cuda.Stream | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def send(self, pinned: Tensor, target: Tensor) -> None:
+        """Copy `pinned` over the start of `target` in the background."""
+        self._stream = torch.cuda.current_stream(self._device)
+        target[: len(pinned)].copy_(pinned, non_blocking=True)
+        self._event = self._stream.record_event()
+        self._alive += [pinned, target]
+
+    def reach_current_stream(self) -> None:
+        """Make the current stream wait for what was sent on another one."""
+        if self._event is None or torch.cuda.is_current_stream_capturing():
+            # Before a capture torch.cuda.graph waits for the device.
+            return
+        current = torch.cuda.current_stream(self._device)
+        if current != self._stream:
+            current.wait_event(self._event)
+            for tensor in self._alive:
+                if tensor.is_cuda:
+                    tensor.record_stream(current)
+
+
+class _DeviceMemory:
+    """What a bucket's kernels need on the device beside the tensors: a table of them, and scratch memory."""
+
+    def __init__(self, bucket: _core.Bucket, device: torch.device) -> None:
+        size, table_size = bucket.memory_sizes()
+        table = torch.empty(table_size, dtype=torch.uint8, pin_memory=True)
+        bucket.write_table(table.data_ptr())
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.uploads = _Uploads(device)
+        self.uploads.send(table, memory)
+        bucket.set_memory(memory.data_ptr())
+
+
 class _Groups:
     """The options of all param groups, as the core keeps them for one device."""
 
@@ -298,6 +357,8 @@ class _Groups:
         self._device = device
         self._options: list[GroupOptions | None] = [None] * group_count
         self._lrs: list[float | Tensor] = []
+        self.uploads = _Uploads(device)
+        self._references: dict[tuple[float, float], Tensor] = {}
 
     def update(self, inputs: StepInputs) -> None:
         self._lrs = [self._on_device(lr) if isinstance(lr, Tensor) else lr for lr in inputs.lrs]
@@ -336,6 +397,20 @@ class _Groups:
             adapt_lr=options.adapt_lr,
             lr_smoothing=options.lr_smoothing,
         )
+        if self._device.type == "cuda" and options.reference is None:
+            self.table.set_reference_address(group, self._reference(options.beta1, options.smoothing).data_ptr())
+
+    def _reference(self, beta1: float, smoothing: float) -> Tensor:
+        """The random-walk reference on the device."""
+        if (beta1, smoothing) not in self._references:
+            values = torch.tensor(_core_module().random_walk_table(beta1, smoothing), dtype=torch.float64).pin_memory()
+            reference = torch.empty(len(values), dtype=torch.float64, device=self._device)
+            self.uploads.send(values, reference)
+            if len(self._references) >= _MAX_REFERENCES:
+                # A schedule of betas: the oldest is long out of use, and freed in the order of the stream.
+                self._references.pop(next(iter(self._references)))
+            self._references[beta1, smoothing] = reference
+        return self._references[beta1, smoothing]
 
 
 def batches_of(works: Sequence[TensorWork], inputs: StepInputs, variant: Variant) -> list[CoreBatch]:
@@ -424,7 +499,8 @@ def describe_installation() -> str:
     else:
         info = core.build_info()
         sets = ", ".join(info["cpu_instruction_sets"])
-        lines.append(f"compiled core: {info['cpu_instruction_set']} kernels (of {sets}), threads of {info['cpu_threads']}")
+        kernels = f"{info['cpu_instruction_set']} kernels (of {sets})"
+        lines.append(f"compiled core: {kernels}, threads of {info['cpu_threads']}")
         cuda = info["cuda"]
         lines.append(
             "compiled for CUDA: no"
@@ -434,7 +510,7 @@ def describe_installation() -> str:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     devices += ["mps"] if torch.backends.mps.is_available() else []
     for device in devices:
-        problems = {dtype: core_status(device.split(":")[0], dtype) for dtype in validation.SUPPORTED_DTYPES}
+        problems = {dtype: core_status(device, dtype) for dtype in validation.SUPPORTED_DTYPES}
         for reason in dict.fromkeys(problems.values()):
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in problems if problems[dtype] == reason)
             name = "compiled core" if reason is None else f"PyTorch operations: {reason}"

@@ -86,6 +86,11 @@ class GroupTable {
     options[static_cast<size_t>(group)].lr_tensor_is_double = is_double;
   }
 
+  // For a CUDA device: the values of the group's random-walk reference, in its memory.
+  void set_reference_address(int64_t group, Address values) {
+    options.at(static_cast<size_t>(group)).reference.values = pointer<const double>(values);
+  }
+
   std::vector<GroupOptions> options;
 
  private:
@@ -99,6 +104,25 @@ class GroupTable {
 
   std::vector<std::shared_ptr<const std::vector<double>>> tables_;
   std::map<std::pair<double, double>, std::weak_ptr<const std::vector<double>>> known_tables_;
+};
+
+// The verbs by what they are given as the place to run.
+struct Verbs {
+  static void measure(const TensorList& list, const cpu::Schedule& where) {
+    cpu::measure(list, where);
+    cpu::reduce(list);
+  }
+  static void adapt(const TensorList& list, const PathSums* sums, const cpu::Schedule&) { cpu::adapt(list, sums); }
+  static void apply(const TensorList& list, const cpu::Schedule& where) { cpu::apply(list, where); }
+  static void step(const TensorList& list, const cpu::Schedule& where) { cpu::step(list, where); }
+#if defined(CLARA_WITH_CUDA)
+  static void measure(const TensorList& list, const cuda::Placement& where) { cuda::measure(list, where); }
+  static void adapt(const TensorList& list, const PathSums* sums, const cuda::Placement& where) {
+    cuda::adapt(list, sums, where);
+  }
+  static void apply(const TensorList& list, const cuda::Placement& where) { cuda::apply(list, where); }
+  static void step(const TensorList& list, const cuda::Placement& where) { cuda::step(list, where); }
+#endif
 };
 
 // Tensors that share device, storage types and `deferred`, with everything their steps need beside memory of torch's.
@@ -137,50 +161,85 @@ class Bucket {
     list_.found_inf = pointer<const float>(found_inf);
   }
 
+  // CUDA: what Python has to allocate for the bucket on the device, and its first part to fill from the host, anew
+  // whenever a tensor has been added.
+  py::tuple memory_sizes() const {
+#if defined(CLARA_WITH_CUDA)
+    const cuda::Layout layout = cuda::layout(size(), list_.chunk_count);
+    return py::make_tuple(layout.bytes, layout.table_bytes);
+#else
+    return py::make_tuple(0, 0);
+#endif
+  }
+
+  void write_table(Address host_memory) const {
+#if defined(CLARA_WITH_CUDA)
+    cuda::write_table(records_.data(), size(), pointer<void>(host_memory));
+#else
+    (void)host_memory;
+#endif
+  }
+
+  void set_memory(Address device_memory) { memory_ = device_memory; }
+
   // Measures and reduces into `sums`: float64 [n, 2] on the device.
   void measure(Address sums, int threads, Address stream) {
     list_.sums = pointer<PathSums>(sums);
-    run(threads, stream, [&](const TensorList& list, const cpu::Schedule& schedule) {
-      cpu::measure(list, schedule);
-      cpu::reduce(list);
-    });
+    run(threads, stream, [](const TensorList& list, const auto& where) { Verbs::measure(list, where); });
   }
 
   // Counts the step; `sums` as from measure, or 0: scales are set elsewhere.
   void adapt(Address sums, int threads, Address stream) {
-    run(threads, stream, [&](const TensorList& list, const cpu::Schedule&) {
-      cpu::adapt(list, pointer<const PathSums>(sums));
-    });
+    const auto* path_sums = pointer<const PathSums>(sums);
+    run(threads, stream, [&](const TensorList& list, const auto& where) { Verbs::adapt(list, path_sums, where); });
   }
 
   void apply(int threads, Address stream) {
-    run(threads, stream, [](const TensorList& list, const cpu::Schedule& schedule) { cpu::apply(list, schedule); });
+    run(threads, stream, [](const TensorList& list, const auto& where) { Verbs::apply(list, where); });
   }
 
   void step(int threads, Address stream) {
-    own_sums_.resize(records_.size());
+    own_sums_.resize(is_on_cuda() ? 0 : records_.size());
     list_.sums = own_sums_.data();
-    run(threads, stream, [](const TensorList& list, const cpu::Schedule& schedule) { cpu::step(list, schedule); });
+    run(threads, stream, [](const TensorList& list, const auto& where) { Verbs::step(list, where); });
   }
 
   int64_t size() const { return static_cast<int64_t>(records_.size()); }
   const std::shared_ptr<GradSlots>& grads() const { return grads_; }
 
  private:
-  static int64_t chunks_of(int64_t numel) { return cpu::chunks_of(numel); }
+  bool is_on_cuda() const { return device_ >= 0; }
 
+  int64_t chunks_of(int64_t numel) const {
+#if defined(CLARA_WITH_CUDA)
+    if (is_on_cuda()) return cuda::chunks_of(numel);
+#endif
+    return cpu::chunks_of(numel);
+  }
+
+  // Calls operation(list, where): on the CPU `where` is a schedule, on a CUDA device a placement.
   template <typename Operation>
-  void run(int threads, Address /*stream*/, Operation operation) {
-    if (!schedule_ || threads != schedule_threads_) {
-      schedule_ = std::make_unique<cpu::Schedule>(records_.data(), size(), threads);
-      schedule_threads_ = threads;
-      partial_sums_.resize(static_cast<size_t>(list_.chunk_count));
-    }
+  void run(int threads, Address stream, Operation operation) {
     list_.tensors = records_.data();
     list_.count = size();
     list_.grads = grads_->data();
     list_.groups = groups_->options.data();
     list_.group_count = static_cast<int64_t>(groups_->options.size());
+#if defined(CLARA_WITH_CUDA)
+    if (is_on_cuda()) {
+      const cuda::Placement where{device_, pointer<void>(stream), pointer<void>(memory_)};
+      const py::gil_scoped_release released;
+      operation(list_, where);
+      return;
+    }
+#else
+    (void)stream;
+#endif
+    if (!schedule_ || threads != schedule_threads_) {
+      schedule_ = std::make_unique<cpu::Schedule>(records_.data(), size(), threads);
+      schedule_threads_ = threads;
+      partial_sums_.resize(static_cast<size_t>(list_.chunk_count));
+    }
     list_.partial_sums = partial_sums_.data();
     const py::gil_scoped_release released;
     operation(list_, *schedule_);
@@ -188,6 +247,7 @@ class Bucket {
 
   std::shared_ptr<GroupTable> groups_;
   int device_;
+  Address memory_ = 0;
   std::shared_ptr<GradSlots> grads_;
   std::vector<TensorRecord> records_;
   TensorList list_{};
@@ -217,12 +277,21 @@ py::dict build_info() {
 
 bool supports(bool on_cuda, DType param, DType grad, DType path) {
   if (!on_cuda) return cpu::supports(param, grad, path);
+#if defined(CLARA_WITH_CUDA)
+  return cuda::supports(param, grad, path);
+#else
   return false;
+#endif
 }
 
-// Why no CUDA device can be used; empty if one can.
-std::string cuda_status() {
+// Why this CUDA device cannot be used; empty if it can.
+std::string cuda_problem(int device) {
+#if defined(CLARA_WITH_CUDA)
+  return cuda::device_problem(device);
+#else
+  (void)device;
   return "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed";
+#endif
 }
 
 }  // namespace
@@ -252,7 +321,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("accumulate"), py::arg("scale_low"), py::arg("scale_high"), py::arg("adapt_lr"),
            py::arg("lr_smoothing"))
       .def("set_lr", &GroupTable::set_lr, py::arg("group"), py::arg("lr"))
-      .def("set_lr_tensor", &GroupTable::set_lr_tensor, py::arg("group"), py::arg("address"), py::arg("is_double"));
+      .def("set_lr_tensor", &GroupTable::set_lr_tensor, py::arg("group"), py::arg("address"), py::arg("is_double"))
+      .def("set_reference_address", &GroupTable::set_reference_address, py::arg("group"), py::arg("values"));
 
   py::class_<Bucket>(m, "Bucket")
       .def(py::init<std::shared_ptr<GroupTable>, int, Variant, DType, DType, DType, bool>(), py::arg("groups"),
@@ -262,6 +332,9 @@ PYBIND11_MODULE(_core, m) {
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"), py::arg("path"), py::arg("step"),
            py::arg("lr_scale"))
       .def("set_amp", &Bucket::set_amp, py::arg("grad_scale"), py::arg("found_inf"))
+      .def("memory_sizes", &Bucket::memory_sizes)
+      .def("write_table", &Bucket::write_table, py::arg("host_memory"))
+      .def("set_memory", &Bucket::set_memory, py::arg("device_memory"))
       .def("measure", &Bucket::measure, py::arg("sums"), py::arg("threads"), py::arg("stream"))
       .def("adapt", &Bucket::adapt, py::arg("sums"), py::arg("threads"), py::arg("stream"))
       .def("apply", &Bucket::apply, py::arg("threads"), py::arg("stream"))
@@ -283,5 +356,6 @@ PYBIND11_MODULE(_core, m) {
   m.attr("version") = CLARA_VERSION;
   m.def("supports", &supports, py::arg("cuda"), py::arg("param"), py::arg("grad"), py::arg("path"));
   m.def("build_info", &build_info);
-  m.def("cuda_status", &cuda_status);
+  m.def("cuda_problem", &cuda_problem, py::arg("device"));
+  m.def("random_walk_table", &random_walk_table, py::arg("beta1"), py::arg("smoothing"));
 }
