@@ -146,6 +146,24 @@ def training_table(document: Document) -> str:
     return f"{provenance(document)}\n\n{pivot(document['results'], 'size', title, cell)}"
 
 
+def bytes_table() -> str:
+    """Bytes per element that each kernel must move, read + written: from the algorithm, not from a measurement."""
+
+    def cells(count: Callable[[int, int, int], tuple[int, int]]) -> list[str]:
+        # Sizes of parameter and gradient, moment, path.
+        pairs = [count(*sizes) for sizes in ((4, 4, 4), (2, 4, 4), (2, 4, 2))]
+        return [f"{read} + {written} = {read + written}" for read, written in pairs]
+
+    lines = [
+        ["`clara.measure`", *cells(lambda p, m, q: (p + 2 * m + q, 2 * m + q))],
+        ["`clara.apply`", *cells(lambda p, m, q: (p + 2 * m, p))],
+        ["immediate step", *cells(lambda p, m, q: (2 * p + 4 * m + q, p + 2 * m + q))],
+        ["`clara.measure_and_apply`, deferred step", *cells(lambda p, m, q: (2 * p + 2 * m + q, p + 2 * m + q))],
+        ["Adam with such moments", *cells(lambda p, m, q: (2 * p + 2 * m, p + 2 * m))],
+    ]
+    return markdown_table(["bytes per element", "float32", "bfloat16", "bfloat16, `path_dtype=torch.bfloat16`"], lines)
+
+
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +191,9 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "table-end-to-end": ("end_to_end", training_table),
 }
 DEVICES = ("cpu", "cuda")
-NAMES = [f"{name}-{device}" for device in DEVICES for name in (*PLOTS, *TABLES)]
+# Of no device, and from no result.
+CONSTANTS: dict[str, Callable[[], str]] = {"table-bytes": bytes_table}
+NAMES = [*CONSTANTS, *(f"{name}-{device}" for device in DEVICES for name in (*PLOTS, *TABLES))]
 
 
 def digest(path: Path) -> str:
@@ -204,6 +224,8 @@ class Figures:
         Raises:
             KeyError: no figure has that name.
         """
+        if name in CONSTANTS:
+            return CONSTANTS[name]()
         kind, _, device = name.rpartition("-")
         if device not in DEVICES or kind not in (*PLOTS, *TABLES):
             raise KeyError(f"no figure {name!r}; there are {', '.join(NAMES)}")

@@ -70,6 +70,11 @@ def test_bytes_per_element_are_those_of_the_algorithm():
     # Measure: gradient 2, moments and path 12 read, 12 written; apply: parameter 2, moments 8 read, parameter written.
     assert moved("global", torch.bfloat16) == (2 + 12 + 12) + (2 + 8 + 2)
     assert moved("global-deferred", torch.bfloat16) == 2 + 2 + 12 + 2 + 12
+    # The table of the docs, which is by kernel, says the same.
+    immediate, deferred = (line for line in figures.bytes_table().splitlines() if "step" in line)
+    for line, name in ((immediate, "global"), (deferred, "global-deferred")):
+        totals = [int(total) for total in re.findall(r"= (\d+)", line)]
+        assert totals[:2] == [moved(name, torch.float32), moved(name, torch.bfloat16)]
 
 
 def test_the_state_counted_is_the_state_kept():
@@ -476,5 +481,5 @@ def test_a_number_changed_by_hand_and_a_picture_of_other_results_are_found(recor
 
 def test_an_unknown_figure_is_told_with_the_known_ones(recorded, tmp_path):
     (tmp_path / "README.md").write_text("<!-- figure: nonsense-cpu -->\n<!-- end of figure -->\n")
-    with pytest.raises(KeyError, match="no figure 'nonsense-cpu'; there are step-time-headline-cpu"):
+    with pytest.raises(KeyError, match="no figure 'nonsense-cpu'; there are table-bytes, step-time-headline-cpu"):
         recorded.outdated()

@@ -50,8 +50,7 @@ def usable_device(args: argparse.Namespace) -> torch.device:
 def warn_of_other_work() -> None:
     """Ratios survive a machine that slows now and then, but not one whose cores are taken all the time.
 
-    Two threads that wait for each other then wait for the scheduler: torch's fused Adam, which starts its threads anew
-    for every tensor, was seen a thousand times slower.
+    Threads that wait for each other then wait for the scheduler: torch's fused Adam was seen a thousand times slower.
     """
     load = os.getloadavg()[0]
     if load > 0.5 * (os.cpu_count() or 1):
