@@ -117,7 +117,8 @@ def snapshot(optimizer: torch.optim.Optimizer, with_state: bool = True) -> Any:
     params = all_params(optimizer)
 
     def bits(tensor: torch.Tensor | None) -> Any:
-        return tensor if tensor is None or tensor.layout != torch.strided else frozen(tensor)
+        comparable = tensor is not None and tensor.layout == torch.strided and not tensor.is_meta
+        return frozen(tensor) if comparable else tensor
 
     return {
         "params": [bits(p) for p in params],

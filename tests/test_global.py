@@ -69,7 +69,7 @@ def test_the_others_need_not_agree(variant: str, fused: bool) -> None:
 
 
 def test_options_of_each_parameter_may_differ(fused: bool) -> None:
-    """beta1 enters kappa tensor by tensor; lr, eps, decay, amsgrad, maximize and the path's type are a tensor's own."""
+    """beta1 enters kappa tensor by tensor; lr, eps, decay, amsgrad, maximize and path_dtype are a tensor's own."""
     optimizer = two_groups(
         fused,
         betas=(0.5, 0.9),

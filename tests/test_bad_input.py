@@ -1,0 +1,397 @@
+"""What cannot be served is refused before anything is changed, with an error that names where, what and what else.
+
+TransformerEngine left "print which tensor fails" as a to-do; torch's fused Adam accepts state of the wrong size. Every
+case here runs after good steps, with the bad tensor last, and compares every bit before and after.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LIVELY,
+    VARIANTS,
+    StepCheck,
+    all_params,
+    parameters,
+    set_gradients,
+    snapshot,
+    train,
+    why_not_core,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+BAD_OPTIONS: list[tuple[str, Any, str]] = [
+    # As torch.optim words them.
+    ("lr", -1.0, "Invalid learning rate: -1.0"),
+    ("lr", NAN, "Invalid learning rate: nan"),
+    ("lr", torch.ones(2), "Tensor lr must be 1-element"),
+    ("lr", "fast", "lr"),
+    ("lr", None, "lr"),
+    ("eps", -1e-8, "Invalid epsilon value: -1e-08"),
+    ("eps", NAN, "Invalid epsilon value"),
+    ("betas", (1.0, 0.9), "Invalid beta parameter at index 0: 1.0"),
+    ("betas", (-0.1, 0.9), "Invalid beta parameter at index 0: -0.1"),
+    ("betas", (0.9, 1.0), "Invalid beta parameter at index 1: 1.0"),
+    ("betas", (0.9, NAN), "Invalid beta parameter at index 1"),
+    ("betas", 0.9, "betas"),
+    ("betas", (0.9,), "betas"),
+    ("weight_decay", -0.1, "Invalid weight_decay value: -0.1"),
+    ("weight_decay", NAN, "Invalid weight_decay value"),
+    # Our own.
+    ("smoothing", 0.0, "smoothing"),
+    ("smoothing", -0.1, "smoothing"),
+    ("smoothing", 1.5, "smoothing"),
+    ("smoothing", NAN, "smoothing"),
+    ("smoothing", "much", "smoothing"),
+    ("damping", 0.0, "damping"),
+    ("damping", -1.0, "damping"),
+    ("damping", NAN, "damping"),
+    ("reference", 0.0, "reference"),
+    ("reference", -1.0, "reference"),
+    ("reference", NAN, "reference"),
+    ("reference", "gradient", "reference"),
+    ("reference", None, "reference"),
+    ("clip", (0.0, 1.0), "clip"),
+    ("clip", (-1.0, 1.0), "clip"),
+    ("clip", (1.1, 0.9), "clip"),
+    ("clip", (0.5, NAN), "clip"),
+    ("clip", (0.5,), "clip"),
+    ("clip", 2.0, "clip"),
+    ("scale_bounds", (0.0, 1.0), "scale_bounds"),
+    ("scale_bounds", (2.0, 1.0), "scale_bounds"),
+    ("scale_bounds", None, "scale_bounds"),
+    ("scale_bounds", (1.5, 2.0), "initial_scale"),
+    ("initial_scale", 0.0, "initial_scale"),
+    ("initial_scale", -1.0, "initial_scale"),
+    ("initial_scale", NAN, "initial_scale"),
+    ("initial_scale", 1e5, "initial_scale"),
+    ("path_dtype", torch.float16, "path_dtype"),
+    ("path_dtype", torch.int32, "path_dtype"),
+    ("path_dtype", "bfloat16", "path_dtype"),
+]
+BAD_SMOOTHED = [("lr_smoothing", 1.0), ("lr_smoothing", -0.1), ("lr_smoothing", NAN)]
+
+
+def option_cases() -> list[Any]:
+    cases = [("Local", *case) for case in BAD_OPTIONS]
+    cases += [(v, *case) for v in ("Global", "Smoothed") for case in BAD_OPTIONS if case[0] in ("lr", "clip")]
+    cases += [("Smoothed", name, value, name) for name, value in BAD_SMOOTHED]
+    return [pytest.param(*case, id=f"{case[0]} {case[1]}={case[2]}") for case in cases]
+
+
+@pytest.mark.parametrize(("variant", "name", "value", "message"), option_cases())
+def test_option_refused_by_the_constructor(variant: str, name: str, value: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        VARIANTS[variant](parameters(), **{name: value})
+    first, second = parameters([(2,), (3,)])
+    with pytest.raises((ValueError, TypeError), match=rf"param group 1\b.*{re.escape(message)}"):
+        VARIANTS[variant]([{"params": [first]}, {"params": [second], name: value}])
+
+
+@pytest.mark.parametrize(("variant", "name", "value", "message"), option_cases())
+def test_option_refused_by_add_param_group(variant: str, name: str, value: Any, message: str) -> None:
+    optimizer = VARIANTS[variant](parameters())
+    with pytest.raises((ValueError, TypeError), match=rf"param group 1\b.*{re.escape(message)}"):
+        optimizer.add_param_group({"params": parameters([(3,)]), name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("variant", "name", "value", "message"), option_cases())
+def test_option_refused_by_the_step(variant: str, name: str, value: Any, message: str, fused: bool) -> None:
+    """A scheduler or a user wrote nonsense into a group during the run."""
+    params = parameters()
+    optimizer = VARIANTS[variant]([{"params": params[:2]}, {"params": params[2:]}], fused=fused)
+    train(optimizer, 2)
+    group = optimizer.param_groups[1]
+    good = group[name]
+    group[name] = value
+    set_gradients(params, 2)
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError), match=rf"param group 1\b.*{re.escape(message)}"):
+        optimizer.step()
+    assert repr(snapshot(optimizer)) == repr(before)  # repr: nan equals itself
+    group[name] = good
+    optimizer.step()
+
+
+def test_initial_scale_needs_accumulation(variant: str) -> None:
+    with pytest.raises(ValueError, match="initial_scale"):
+        VARIANTS[variant](parameters(), accumulate=False, initial_scale=0.5)
+    VARIANTS[variant](parameters(), accumulate=False, initial_scale=1.0)
+
+
+def test_unknown_arguments_are_refused(variant: str) -> None:
+    for name in ("foreach", "capturable", "momentum", *(() if variant == "Smoothed" else ("lr_smoothing",))):
+        with pytest.raises(TypeError, match=name):
+            VARIANTS[variant](parameters(), **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.0),
+        ("eps", 0.0),
+        ("betas", (0.0, 0.0)),
+        ("smoothing", 1.0),
+        ("clip", None),
+        ("clip", (1.0, 1.0)),
+        ("clip", [0.5, 1.5]),
+        ("scale_bounds", (1.0, 1.0)),
+        ("initial_scale", 1e-3),
+        ("reference", 2),
+        ("lr", 1),
+    ],
+    ids=str,
+)
+def test_ends_of_the_ranges_are_served(name: str, value: Any, variant: str, fused: bool) -> None:
+    optimizer = VARIANTS[variant](parameters(), fused=fused, **{name: value})
+    check = StepCheck(variant, optimizer)
+    for step in range(2):
+        set_gradients(all_params(optimizer), step)
+        check.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters and gradients
+
+
+class WithGradient(torch.nn.Parameter):
+    """A parameter whose gradient is whatever a test says: autograd would refuse some."""
+
+    forced: torch.Tensor | None = None
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        return self.forced
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        self.forced = value
+
+
+def with_gradient(grad: torch.Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], torch.Tensor]:
+    def make() -> torch.Tensor:
+        param = WithGradient(torch.ones(2, 3, dtype=dtype))
+        param.grad = grad
+        return param
+
+    return make
+
+
+def plain(tensor: torch.Tensor, grad: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def make() -> torch.Tensor:
+        param = tensor.clone()
+        param.grad = grad.clone()
+        return param
+
+    return make
+
+
+SERVED = "torch.float32, torch.bfloat16, torch.float16, torch.float64"
+
+BAD_TENSORS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "sparse COO gradient": (with_gradient(torch.ones(2, 3).to_sparse()), "sparse"),
+    "sparse CSR gradient": (with_gradient(torch.ones(2, 3).to_sparse_csr()), "sparse"),
+    "complex gradient": (with_gradient(torch.ones(2, 3, dtype=torch.complex64)), "complex64"),
+    "integer gradient": (with_gradient(torch.ones(2, 3, dtype=torch.int32)), "int32"),
+    "boolean gradient": (with_gradient(torch.ones(2, 3, dtype=torch.bool)), "bool"),
+    "gradient of another shape": (with_gradient(torch.ones(3, 2)), r"\(3, 2\)"),
+    "gradient that would broadcast": (with_gradient(torch.ones(1, 3)), r"\(1, 3\)"),
+    "gradient of fewer elements": (with_gradient(torch.ones(5)), r"\(5,\)"),
+    "gradient of more elements": (with_gradient(torch.ones(2, 4)), r"\(2, 4\)"),
+    "gradient on another device": (with_gradient(torch.ones(2, 3, device="meta")), "meta"),
+    "integer parameter": (
+        plain(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)),
+        SERVED,
+    ),
+    "boolean parameter": (plain(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)), SERVED),
+    "complex parameter": (
+        plain(torch.ones(2, 3, dtype=torch.complex64), torch.ones(2, 3, dtype=torch.complex64)),
+        SERVED,
+    ),
+    "float8 parameter": (
+        plain(torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(2, 3).to(torch.float8_e4m3fn)),
+        SERVED,
+    ),
+    "sparse parameter": (plain(torch.ones(2, 3).to_sparse(), torch.ones(2, 3).to_sparse()), "sparse"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensor_refused_before_anything_changes(case: str, variant: str, fused: bool) -> None:
+    """Where the parameter is at fault, group and index are named when it is given; a gradient, at the step."""
+    make, message = BAD_TENSORS[case]
+    good = parameters([(4, 3), (5,), (2,)])
+    optimizer = VARIANTS[variant]([{"params": good[:2]}, {"params": good[2:]}], fused=fused, **LIVELY[variant])
+    train(optimizer, 2)
+    set_gradients(good, 2)
+    bad = make()
+    before = snapshot(optimizer)
+    error = rf"param group 2, parameter 1 \(shape \(2, 3\), dtype {bad.dtype}.*{message}"
+    with pytest.raises((TypeError, ValueError), match=error):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1)), bad]})
+        before = snapshot(optimizer)
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    assert bad not in optimizer.state
+
+
+@pytest.mark.parametrize("case", [name for name in BAD_TENSORS if "parameter" in name])
+def test_parameter_refused_by_the_constructor(case: str, variant: str) -> None:
+    """Or, at the latest, by the first step."""
+    bad = BAD_TENSORS[case][0]()
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"param group 0, parameter 1 \("):
+        train_one = VARIANTS[variant]([torch.nn.Parameter(torch.ones(1)), bad])
+        train_one.step()
+
+
+def test_parameter_that_changes_its_shape(variant: str, fused: bool) -> None:
+    """Module surgery by `.data`: the state is of the old shape, and so may the gradient be."""
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    train(optimizer, 3)
+    params[2].data = torch.zeros(4, 4)
+    for gradient in (params[2].grad, torch.ones(4, 4)):
+        params[2].grad = None
+        if gradient.shape == params[2].shape:
+            params[2].grad = gradient
+        else:
+            params[2].data = torch.zeros(2, 3, 4)
+            params[2].grad = gradient
+            params[2].data = torch.zeros(4, 4)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=r"param group 0, parameter 2 \(shape \(4, 4\)"):
+            optimizer.step()
+        assert snapshot(optimizer) == before
+
+
+def test_parameter_that_changes_its_type(variant: str, fused: bool) -> None:
+    """model.bfloat16() after some steps keeps the moments in float32; model.double() does not make them double by
+    itself, so both go on or are refused, but never misread memory."""
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    train(optimizer, 3)
+    for param in params:
+        param.data = param.data.bfloat16()
+        param.grad = None
+    check = StepCheck(variant, optimizer)
+    set_gradients(params, 3)
+    check.step()
+
+
+def test_all_good_parameters_of_the_step_stay(variant: str, fused: bool) -> None:
+    """The bad gradient may come first, in the middle or last."""
+    for place in range(3):
+        params: list[torch.Tensor] = list(parameters())
+        params[place] = WithGradient(params[place].detach().clone())
+        optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+        train(optimizer, 2)
+        set_gradients(params, 2)
+        params[place].grad = torch.ones(1)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=rf"param group 0, parameter {place}\b"):
+            optimizer.step()
+        assert snapshot(optimizer) == before
+        set_gradients(params, 2)
+        optimizer.step()
+        assert all(s["step"].item() == 3 for s in optimizer.state.values())
+
+
+def test_bad_first_step_leaves_no_state(variant: str, fused: bool) -> None:
+    params: list[torch.Tensor] = [*parameters(), WithGradient(torch.ones(2, 3))]
+    optimizer = VARIANTS[variant](params, fused=fused)
+    set_gradients(params, 0)
+    params[-1].grad = torch.ones(3)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="param group 0, parameter 3"):
+        optimizer.step()
+    assert snapshot(optimizer) == before and not optimizer.state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fused=True where the core cannot serve
+
+
+class NotServed(torch.Tensor):
+    """A tensor subclass: its memory is none of the core's business."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_fused_is_served_or_refused(dtype: torch.dtype, variant: str) -> None:
+    """At the first step, with the reason and what to do; fused=None goes on with PyTorch."""
+    reason = why_not_core("cpu", dtype)
+    params = parameters(dtype=dtype)
+    optimizer = VARIANTS[variant](params, fused=True)
+    set_gradients(params, 0)
+    if not reason:
+        optimizer.step()
+        return
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="fused=True"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    optimizer = VARIANTS[variant](params, fused=None)
+    optimizer.step()
+
+
+def test_fused_where_the_core_is_missing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says why, and what to do: install with a compiler, or fused=None."""
+    core_backend = pytest.importorskip("clara_fused.core_backend")
+    monkeypatch.setattr(core_backend, "core_status", lambda *args: "clara_fused._core is not installed: do this")
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=True)
+    set_gradients(params, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"fused=True.*not installed: do this"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    VARIANTS[variant](params, fused=None).step()
+
+
+@pytest.mark.parametrize("value", ["yes", 2, object()], ids=["text", "number", "object"])
+def test_fused_takes_true_false_none(value: Any, variant: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="fused"):
+        VARIANTS[variant](parameters(), fused=value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Odd, but right
+
+
+def test_same_parameter_twice_is_refused_as_torch_does(variant: str) -> None:
+    (param,) = parameters([(3,)])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        VARIANTS[variant]([{"params": [param]}, {"params": [param]}])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        VARIANTS[variant]([param, param])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph")
+def test_gradient_that_requires_grad(variant: str, fused: bool) -> None:
+    """create_graph=True leaves gradients with a graph: no error, and the graph stays usable."""
+    (param,) = parameters([(4,)])
+    optimizer = VARIANTS[variant]([param], fused=fused, **LIVELY[variant])
+    check = StepCheck(variant, optimizer)
+    for _ in range(2):
+        param.grad = None
+        (param**3).sum().backward(create_graph=True)
+        check.step()
+
+
+def test_tensor_subclass_parameters(variant: str) -> None:
+    """torch.nn.Buffer-like subclasses without own memory semantics are plain tensors."""
+    param = torch.nn.Parameter(torch.ones(3).as_subclass(NotServed))
+    optimizer = VARIANTS[variant]([param], **LIVELY[variant])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[param]["step"].item() == 1
+    assert (param.detach() < 1).all()
