@@ -61,7 +61,7 @@ SIZES = {
     "small": Size(width=256, layers=4, heads=8, context=64, batch=8),
     "medium": Size(width=512, layers=8, heads=8, context=64, batch=4),
     "large": Size(width=768, layers=12, heads=12, context=512, batch=16),
-    "xl": Size(width=1600, layers=48, heads=25, context=512, batch=4),
+    "xl": Size(width=1024, layers=24, heads=16, context=512, batch=8),
 }
 DEFAULT_SIZES = {"cpu": ("tiny", "small", "medium"), "cuda": ("small", "large", "xl")}
 DEFAULT_OPTIMIZERS = (

@@ -45,7 +45,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WARM_UP_STEPS = 2
 # torch.compile unrolls every tensor: half a minute for 60 of them.
 MAX_TENSORS_TO_COMPILE = 20
-MEMORY_SHARE = 0.5  # of what is free, for one group of contenders
+# Of what is free, for one group of contenders; a machine's main memory has other users as well.
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}
 NEVER_GRAPHED = {"published", "adam-loop"}  # they read from the device, or keep their step count on the host
 
 
@@ -145,7 +146,7 @@ class Run:
     def _groups_that_fit(self, contenders: Sequence[Contender]) -> Iterator[list[Contender]]:
         """Pack contenders into groups whose states fit into memory together; each group has the baseline."""
         per_element = 2 * self.dtype.itemsize + max(self.dtype.itemsize, 4)  # parameter, gradient, one temporary
-        budget = MEMORY_SHARE * available_memory(self.device) - self.model.elements * per_element
+        budget = MEMORY_SHARE[self.device.type] * available_memory(self.device) - self.model.elements * per_element
         baseline = CONTENDERS[BASELINE]
 
         def state_bytes(contender: Contender) -> int:

@@ -178,6 +178,11 @@ def test_peak_memory_of_a_step_counts_what_is_alive_at_once():
 # --- the programs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    monkeypatch.setattr(CpuClock, "min_sample_seconds", 1e-4)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Small models, and simple loops over little memory."""
@@ -225,7 +230,7 @@ def test_lists_too_large_for_memory_are_skipped_with_a_reason(tiny, tmp_path, mo
 def test_contenders_that_do_not_fit_together_are_measured_in_groups(tiny, tmp_path, monkeypatch):
     elements = models.small_tensors(3).elements
     # Parameters, gradients, a temporary: 12 bytes per element; the baseline's state 8, another's 12.
-    monkeypatch.setattr(step_time, "available_memory", lambda device: elements * 33 / step_time.MEMORY_SHARE)
+    monkeypatch.setattr(step_time, "available_memory", lambda device: elements * 33 / step_time.MEMORY_SHARE["cpu"])
     names = ["local@pytorch", "global@pytorch", "smoothed@pytorch"]
     step_time.main(
         ["--device", "cpu", "--models", "small-148x64", "--dtypes", "float32", "--seconds", "0.1", "--no-plots",

@@ -41,11 +41,12 @@ class ModelShapes:
 
 def repeated(block: Tensor, shape: Shape) -> Tensor:
     """A tensor of that shape, filled with the block again and again."""
-    filled = torch.empty(math.prod(shape), dtype=block.dtype, device=block.device)
-    whole = filled.numel() // block.numel() * block.numel()
-    filled[:whole].view(-1, block.numel()).copy_(block)
-    filled[whole:].copy_(block[: filled.numel() - whole])
-    return filled.view(shape)
+    filled = torch.empty(shape, dtype=block.dtype, device=block.device)
+    flat = filled.view(-1)
+    whole = flat.numel() // block.numel() * block.numel()
+    flat[:whole].view(-1, block.numel()).copy_(block)
+    flat[whole:].copy_(block[: flat.numel() - whole])
+    return filled
 
 
 def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> tuple[Shape, ...]:
