@@ -24,6 +24,7 @@ from clara_fused.profiling import profiler_range
 pytest.importorskip("matplotlib", reason="the benchmarks' extra is not installed")
 pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
 
+import compare_runs
 import cpu_overhead
 import end_to_end
 import figures
@@ -467,6 +468,18 @@ def test_figures_are_generated_between_their_markers(recorded, tmp_path):
     assert "old" not in text
     (row,) = [row for row in plots.load(recorded.source("step_time", "cpu"))["results"] if row["optimizer"] != BASELINE]
     assert f"| {row['ratio']['median']:.2f} |" in text
+
+
+def test_runs_are_compared_ratio_by_ratio(recorded, tmp_path, capsys):
+    second = tmp_path / "second"
+    second.mkdir()
+    document = plots.load(recorded.source("step_time", "cpu"))
+    document["results"][1]["ratio"]["median"] *= 1.2
+    (second / "step_time-cpu.json").write_text(json.dumps(document))
+    assert compare_runs.main([str(recorded.results), str(second)]) == 1
+    output = capsys.readouterr().out
+    assert "+20.0%" in output and "1 of 2 ratios are within 10%" in output
+    assert compare_runs.main([str(recorded.results), str(second), "--within", "0.25"]) == 0
 
 
 def test_a_number_changed_by_hand_and_a_picture_of_other_results_are_found(recorded, tmp_path):
