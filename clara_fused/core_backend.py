@@ -188,7 +188,7 @@ class CoreBatch:
     """Tensors, of any groups, that share device, dtypes and `deferred`; implements `batches.Batch`."""
 
     def __init__(self, works: Sequence[TensorWork], options: Sequence[GroupOptions], groups: _Groups, variant: Variant):
-        self.works = works
+        self.works: Sequence[TensorWork] = works
         self._groups = groups
         first = works[0]
         self._device = first.param.device
@@ -282,7 +282,7 @@ class CoreBatch:
     def measure(self) -> Tensor:
         """See `batches.Batch.measure`."""
         if self._sums is None:
-            self._sums = torch.zeros(len(self.works), 2, dtype=torch.float64, device=self._device)
+            self._sums = torch.zeros(len(self._bucket), 2, dtype=torch.float64, device=self._device)
         self._bucket.measure(self._sums.data_ptr(), *self._launch())
         if self._deferred:
             self._write_back()
@@ -466,6 +466,9 @@ class Plan:
         )
         for batch in batches:
             batch.watched_by(self._watch)
+            # The watch finds every tensor anew at each step. To hold on to them would keep gradients and state alive
+            # that the user has dropped.
+            batch.works = ()
 
     def prepare(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], inputs: StepInputs) -> bool:
         """Whether the batches still stand for what is in the groups and the state; if so, ready them for the step."""

@@ -1,0 +1,225 @@
+"""The build: what setup.py finds and refuses, and what the module it makes needs from the machine it lands on."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from helpers import core_available
+
+from clara_fused import core_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
+
+
+@pytest.fixture
+def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """setup.py's names, with these environment variables and without building anything."""
+
+    def load(**variables: str) -> SimpleNamespace:
+        for name in BUILD_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+        return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+    return load
+
+
+@pytest.fixture
+def fake_toolkit(tmp_path: Path) -> Any:
+    """A CUDA toolkit whose nvcc answers as the real one does, reached through a wrapper script elsewhere."""
+
+    def make(version: str = "12.8", archs: str = "compute_75\ncompute_80\ncompute_90\ncompute_120") -> Path:
+        home = tmp_path / "toolkit"
+        (home / "bin").mkdir(parents=True)
+        (home / "lib64").mkdir()
+        nvcc = home / "bin" / "nvcc"
+        nvcc.write_text(
+            "#!/bin/sh\ncase $1 in\n"
+            f"--version) echo 'Cuda compilation tools, release {version}, V{version}.1' ;;\n"
+            f"--list-gpu-arch) printf '{archs}\\n' ;;\n"
+            f"--dryrun) echo '#$ TOP={home}/bin/..' >&2 ;;\nesac\n"
+        )
+        nvcc.chmod(0o755)
+        wrapper = tmp_path / "path" / "nvcc"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+        wrapper.chmod(0o755)
+        return home
+
+    return make
+
+
+def test_an_unknown_kind_is_refused(load_setup: Any) -> None:
+    with pytest.raises(SystemExit, match=r"CLARA_BUILD=gpu: expected one of python, cpu, cuda"):
+        load_setup(CLARA_BUILD="gpu")
+
+
+def test_a_kind_that_cannot_be_built_is_refused(load_setup: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"CLARA_BUILD=cpu: no C\+\+17 compiler works \(tried .*no-such-compiler"):
+        load_setup(CLARA_BUILD="cpu", CXX="no-such-compiler")
+    with pytest.raises(SystemExit, match=r"CLARA_BUILD=cuda: there is no bin/nvcc in CUDA_HOME"):
+        load_setup(CLARA_BUILD="cuda", CUDA_HOME=str(tmp_path))
+
+
+def test_without_a_compiler_the_default_is_pure_python(load_setup: Any) -> None:
+    plan = load_setup(CXX="no-such-compiler").PLAN
+    assert plan.kind == "python"
+    assert "no C++17 compiler works" in str(plan)
+
+
+def test_without_nvcc_the_default_is_the_cpu(
+    load_setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for tool in ("g++", "as", "ld"):
+        found = shutil.which(tool)
+        if found is None:
+            pytest.skip(f"needs {tool}")
+        (tmp_path / tool).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    plan = load_setup().PLAN
+    assert plan.kind == "cpu"
+    assert "no nvcc on the path" in str(plan)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+class TestToolkit:
+    def test_nvcc_says_where_it_lives(
+        self, load_setup: Any, fake_toolkit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        home = fake_toolkit()
+        monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
+        cuda = load_setup().PLAN.cuda
+        assert cuda.home == home.resolve()
+        assert cuda.archs == ("75", "80", "90", "120")
+        assert cuda.code_flags()[-1] == "-gencode=arch=compute_120,code=compute_120"
+
+    def test_cuda_home_wins(
+        self, load_setup: Any, fake_toolkit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        home = fake_toolkit()
+        monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
+        assert load_setup(CUDA_HOME=str(home)).PLAN.cuda.home == home
+
+    def test_an_old_toolkit_is_refused(self, load_setup: Any, fake_toolkit: Any) -> None:
+        home = str(fake_toolkit(version="12.3"))
+        with pytest.raises(SystemExit, match=r"CUDA 12\.3 .* is too old: 12\.4 or newer"):
+            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home)
+        assert load_setup(CUDA_HOME=home).PLAN.kind == "cpu"
+
+    def test_architectures_can_be_chosen(self, load_setup: Any, fake_toolkit: Any) -> None:
+        home = str(fake_toolkit())
+        assert load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="8.0;90").PLAN.cuda.archs == ("80", "90")
+        with pytest.raises(SystemExit, match="does not know 61"):
+            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home, CLARA_CUDA_ARCHS="61")
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+class TestModule:
+    def test_it_needs_neither_torch_nor_a_driver(self) -> None:
+        """Undefined symbols after a torch upgrade are the field's most reported failure."""
+        if sys.platform != "linux" or shutil.which("objdump") is None:
+            pytest.skip("needs objdump")
+        headers = subprocess.run(
+            ["objdump", "-p", core_backend._core_module().__file__], capture_output=True, text=True, check=True
+        ).stdout
+        needed = re.findall(r"NEEDED\s+(\S+)", headers)
+        assert needed
+        foreign = [lib for lib in needed if re.search(r"torch|c10|cuda|nv|gomp|stdc\+\+|gcc_s", lib)]
+        assert not foreign
+
+    def test_it_exports_its_entry_point_alone(self) -> None:
+        if sys.platform != "linux" or shutil.which("objdump") is None:
+            pytest.skip("needs objdump")
+        table = subprocess.run(
+            ["objdump", "-T", core_backend._core_module().__file__], capture_output=True, text=True, check=True
+        ).stdout
+        lines = [line.split() for line in table.splitlines() if re.match(r"^[0-9a-f]{8,}", line)]
+        exported = {words[-1] for words in lines if "*UND*" not in words}
+        assert exported == {"PyInit__core"}
+
+    def test_the_kernels_of_an_instruction_set_stay_in_their_namespace(self) -> None:
+        """A function that the linker shared between the kernels' objects could hold instructions a CPU lacks."""
+        objects = list(ROOT.glob("build/temp*/*/kernels_avx512.o"))
+        if not objects or shutil.which("nm") is None:
+            pytest.skip("needs the object files of a build in this tree")
+        for path in objects:
+            symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+            assert not re.findall(r"^\S+ [WVu] \S+", symbols, re.MULTILINE)
+
+    def test_python_dash_m_says_what_is_installed(self) -> None:
+        text = subprocess.run(
+            [sys.executable, "-m", "clara_fused"], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout
+        assert re.search(r"^compiled core: (baseline|avx2|avx512) kernels", text, re.MULTILINE)
+        assert re.search(r"^cpu \(float32, bfloat16, float16, float64\): compiled core$", text, re.MULTILINE)
+
+
+BROKEN = """
+import sys, warnings
+# An editable install would lend the copy of the package its module.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import torch
+import clara_fused
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for fused in (None, None, False):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = clara_fused.AdamClaraLocal([param], fused=fused)
+        optimizer.step()
+        assert param[0] < 1
+print(len(caught), caught[0].message)
+try:
+    clara_fused.AdamClaraLocal([param], fused=True).step()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "the compiled core is not installed"),
+        (b"\x7fELF broken", "the compiled core cannot be loaded"),
+    ],
+)
+def test_a_missing_or_broken_core_is_one_warning(content: bytes | None, message: str, tmp_path: Path) -> None:
+    package = tmp_path / "clara_fused"
+    shutil.copytree(ROOT / "clara_fused", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if content is not None:
+        (package / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+    run = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    warning, error = run.stdout.splitlines()
+    assert warning.startswith("1 clara_fused runs on PyTorch operations")
+    assert message in warning
+    assert error.startswith("param group 0, parameter 0") and message in error and "reinstall" in error
+
+
+def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not core_available():
+        pytest.skip("needs the compiled core")
+    monkeypatch.setattr(core_backend, "__version__", "9.9")
+    core_backend._load.cache_clear()
+    try:
+        assert "of version" in (core_backend.core_status("cpu", torch.float32) or "")
+    finally:
+        core_backend._load.cache_clear()
