@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(DEFAULT_OPTIMIZERS),
         metavar="NAME", help=f"of {', '.join(CONTENDERS)}",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=6.0, help="per number of tensors; default: %(default)g")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per number of tensors; default: %(default)g")
     parser.add_argument("--no-plots", action="store_true")
     return parser
 

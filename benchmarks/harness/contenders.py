@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,11 @@ class Contender:
 
     def step_of(self, optimizer: torch.optim.Optimizer) -> Step:
         """What is called, and timed, once per step."""
-        return torch.compile(optimizer.step) if self.compiled else optimizer.step
+        if not self.compiled:
+            return optimizer.step
+        # The compiler remarks on everything that it leaves to Python.
+        torch._logging.set_logs(dynamo=logging.ERROR)
+        return torch.compile(optimizer.step)
 
 
 VARIANTS = {
