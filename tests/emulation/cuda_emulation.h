@@ -1,13 +1,13 @@
 // Runs CUDA kernels on the host, so that they can be tested and sanitized without a GPU. Never shipped.
 //
-// A CUDA thread is a fiber: a stack of its own, left and entered at barriers and shuffles only. All fibers live on one
-// thread of the operating system, so a run is repeatable, but the order of blocks, and of the threads of a block between
-// two barriers, is shuffled by a seed. The sanitizers are told of the fibers:
+// A CUDA thread is a fiber: a stack of its own, left and entered at barriers and shuffles only. Blocks run one after the
+// other, so a run is repeatable, but their order, and that of the threads of a block between two barriers, is shuffled by
+// a seed. The sanitizers are told of the fibers:
 // - AddressSanitizer knows their stacks; tensors are heap blocks, so an access past a tensor's end is found.
 // - ThreadSanitizer takes every fiber for a thread that is ordered with others by __syncthreads, atomics and the start
 //   and end of a launch, and by nothing else: not by having run one after the other, not by a shuffle. A missing
-//   barrier is a data race however the fibers happened to be scheduled. Neighbouring blocks (in the order they ran) have
-//   different fibers, so races between blocks are found as well.
+//   barrier is a data race however the fibers happened to be scheduled. So are conflicting accesses of two blocks: half of
+//   the blocks run on one thread of the operating system, with fibers and shared memory of its own, half on another.
 // A thread that returns while others of its block wait at a barrier ends the program.
 //
 // What the CUDA runtime's functions do here is in the second part; the third has the intrinsics that the kernels use.
@@ -24,7 +24,9 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <semaphore>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -45,7 +47,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -184,6 +186,159 @@ inline void synchronize_before([[maybe_unused]] void* address) {
 #endif
 }
 
+// A kernel's launch: what to run for each thread of the grid.
+struct Launch {
+  const std::function<void()>* kernel;
+  unsigned blocks, threads;
+};
+
+// A thread of the operating system that runs blocks, one after the other. Its fibers stay with it.
+class BlockRunner {
+ public:
+  BlockRunner() : thread_([this] { serve(); }) {}
+  ~BlockRunner() {
+    stopping_ = true;
+    start_.release();
+    thread_.join();
+    for (Context* fiber : fibers_) delete fiber;
+  }
+
+  // Runs these blocks of the grid and returns when they are done.
+  void run(const Launch& launch, std::vector<unsigned> blocks, unsigned seed) {
+    launch_ = launch;
+    blocks_ = std::move(blocks);
+    random_.seed(seed);
+    synchronize_before(&launched_);
+    start_.release();
+    done_.acquire();
+    synchronize_after(&finished_);
+  }
+
+  static BlockRunner& current() { return *current_runner_; }
+
+  EMULATION_UNSEEN void wait_for_block() {
+    char* barrier = &barriers_[rounds_[fiber_]++ % 2];
+    synchronize_before(barrier);
+    wait(State::kAtBlockBarrier);
+    synchronize_after(barrier);
+  }
+
+  // The value that `source_lane` of this warp gives. No memory is ordered by it.
+  template <typename T>
+  EMULATION_UNSEEN T exchange(T value, int source_lane) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    std::memcpy(&exchanged_[fiber_], &value, sizeof(T));
+    wait(State::kAtWarpBarrier);
+    T result;
+    std::memcpy(&result, &exchanged_[fiber_ / kWarpSize * kWarpSize + source_lane], sizeof(T));
+    wait(State::kAtWarpBarrier);
+    return result;
+  }
+
+  EMULATION_UNSEEN int lane() const { return fiber_ % kWarpSize; }
+
+ private:
+  enum class State : char { kReady, kAtBlockBarrier, kAtWarpBarrier, kFinished };
+
+  void serve() {
+    current_runner_ = this;
+    host_ = new Context;
+    for (;;) {
+      start_.acquire();
+      if (stopping_) break;
+      for (unsigned block : blocks_) run_block(block);
+      done_.release();
+    }
+    delete host_;
+  }
+
+  EMULATION_UNSEEN static void fiber_main() {
+    BlockRunner& self = current();
+    Context::entered_from(*self.host_);
+    for (;;) {
+      synchronize_after(&self.launched_);
+      synchronize_after(&self.finished_);  // the block before had the same shared memory
+      (*self.launch_.kernel)();
+      synchronize_before(&self.finished_);
+      self.wait(State::kFinished);
+    }
+  }
+
+  EMULATION_UNSEEN void wait(State state) {
+    const int self = fiber_;
+    states_[self] = state;
+    fibers_[self]->switch_to(*host_);
+  }
+
+  EMULATION_UNSEEN void enter(int thread) {
+    if (fibers_[thread] == nullptr) fibers_[thread] = new Context(fiber_main);
+    states_[thread] = State::kReady;
+    fiber_ = thread;
+    ::threadIdx = {static_cast<unsigned>(thread)};
+    host_->switch_to(*fibers_[thread]);
+  }
+
+  // Threads run in a rotated order, forwards or backwards, each until it has to wait; then whoever may go on does.
+  EMULATION_UNSEEN void run_block(unsigned block) {
+    ::blockIdx = {block};
+    ::blockDim = {launch_.threads};
+    ::gridDim = {launch_.blocks};
+    threads_ = static_cast<int>(launch_.threads);
+    const int start = static_cast<int>(random_() % static_cast<unsigned>(threads_));
+    const bool backwards = random_() % 2 == 0;
+    for (int i = 0; i < threads_; ++i) {
+      states_[i] = State::kReady;
+      rounds_[i] = 0;
+    }
+    for (;;) {
+      int finished = 0;
+      bool progress = false;
+      for (int i = 0; i < threads_; ++i) {
+        const int thread = (start + (backwards ? threads_ - i : i)) % threads_;
+        if (states_[thread] == State::kReady) {
+          enter(thread);
+          progress = true;
+        }
+        finished += states_[thread] == State::kFinished;
+      }
+      if (finished == threads_) return;
+      for (int warp = 0; warp < threads_; warp += kWarpSize) {
+        progress = release_if_all(warp, warp + kWarpSize, State::kAtWarpBarrier) || progress;
+      }
+      progress = release_if_all(0, threads_, State::kAtBlockBarrier) || progress;
+      if (!progress) fail("threads of a block wait at a barrier that others have passed by or never reach");
+    }
+  }
+
+  EMULATION_UNSEEN bool release_if_all(int first, int last, State waiting) {
+    for (int i = first; i < last; ++i) {
+      if (states_[i] != waiting) return false;
+    }
+    for (int i = first; i < last; ++i) states_[i] = State::kReady;
+    return true;
+  }
+
+  inline static thread_local BlockRunner* current_runner_ = nullptr;
+
+  Launch launch_{};
+  std::vector<unsigned> blocks_;
+  std::minstd_rand random_;
+  bool stopping_ = false;
+  std::binary_semaphore start_{0}, done_{0};
+
+  int threads_ = 0, fiber_ = 0;
+  Context* host_ = nullptr;
+  Context* fibers_[kMaxThreads] = {};
+  State states_[kMaxThreads];
+  unsigned rounds_[kMaxThreads];
+  uint64_t exchanged_[kMaxThreads];
+  // ThreadSanitizer's names for what orders threads. Two barriers take turns: who has reached the next one must not be
+  // mistaken for having been at the last one in time.
+  char launched_ = 0, finished_ = 0, barriers_[2] = {};
+  std::thread thread_;
+};
+
+// The device: runs the blocks of a grid in an order that depends on the seed.
 class Emulator {
  public:
   static Emulator& instance() {
@@ -193,141 +348,19 @@ class Emulator {
 
   uint64_t seed = 1;
 
-  // Runs kernel() for each thread of the grid.
-  EMULATION_UNSEEN void run(const std::function<void()>& kernel, unsigned blocks, unsigned threads) {
+  void run(const std::function<void()>& kernel, unsigned blocks, unsigned threads) {
     if (threads == 0 || threads > kMaxThreads || threads % kWarpSize != 0) fail("unsupported size of a block");
-    kernel_ = &kernel;
-    ::blockDim = {threads};
-    ::gridDim = {blocks};
-    threads_ = static_cast<int>(threads);
     std::minstd_rand random(static_cast<unsigned>(seed++));
     std::vector<unsigned> order(blocks);
     std::iota(order.begin(), order.end(), 0u);
     std::shuffle(order.begin(), order.end(), random);
-    synchronize_before(&launch_);
-    for (unsigned block : order) {
-      ::blockIdx = {block};
-      pool_ = 1 - pool_;
-      run_block(random);
-    }
-    synchronize_after(&finished_);
+    const auto middle = order.begin() + blocks / 2;
+    runners_[0].run({&kernel, blocks, threads}, {order.begin(), middle}, static_cast<unsigned>(random()));
+    runners_[1].run({&kernel, blocks, threads}, {middle, order.end()}, static_cast<unsigned>(random()));
   }
-
-  EMULATION_UNSEEN void wait_for_block() {
-    Barrier& barrier = block_barriers_[pool_][rounds_[current_]++ % 2];
-    synchronize_before(&barrier);
-    wait(State::kAtBlockBarrier);
-    synchronize_after(&barrier);
-  }
-
-  // The value that `source_lane` of this warp gave. No memory is ordered by it.
-  template <typename T>
-  EMULATION_UNSEEN T exchange(T value, int source_lane) {
-    static_assert(sizeof(T) <= sizeof(uint64_t));
-    std::memcpy(&exchanged_[current_], &value, sizeof(T));
-    wait(State::kAtWarpBarrier);
-    T result;
-    std::memcpy(&result, &exchanged_[current_ / kWarpSize * kWarpSize + source_lane], sizeof(T));
-    wait(State::kAtWarpBarrier);
-    return result;
-  }
-
-  EMULATION_UNSEEN int lane() const { return current_ % kWarpSize; }
 
  private:
-  enum class State : char { kReady, kAtBlockBarrier, kAtWarpBarrier, kFinished };
-  struct Barrier {
-    char address;  // ThreadSanitizer's name for it
-  };
-
-  EMULATION_UNSEEN static void fiber_main() {
-    Emulator& e = instance();
-    Context::entered_from(e.host_);
-    for (;;) {
-      synchronize_after(&e.launch_);
-      (*e.kernel_)();
-      synchronize_before(&e.finished_);
-      e.wait(State::kFinished);
-    }
-  }
-
-  EMULATION_UNSEEN void wait(State state) {
-    const int self = current_;
-    state_[self] = state;
-    fibers_[pool_][self]->switch_to(host_);
-    current_ = self;
-  }
-
-  EMULATION_UNSEEN void enter(int thread) {
-    if (!fibers_[pool_][thread]) fibers_[pool_][thread] = std::make_unique<Context>(fiber_main);
-    state_[thread] = State::kReady;
-    current_ = thread;
-    ::threadIdx = {static_cast<unsigned>(thread)};
-    host_.switch_to(*fibers_[pool_][thread]);
-  }
-
-  // Threads run in a rotated order, forwards or backwards, each until it has to wait; then whoever may go on does.
-  template <typename Random>
-  EMULATION_UNSEEN void run_block(Random& random) {
-    const int start = static_cast<int>(random() % static_cast<unsigned>(threads_));
-    const bool backwards = random() % 2 == 0;
-    for (int i = 0; i < threads_; ++i) {
-      state_[i] = State::kReady;
-      rounds_[i] = 0;
-    }
-    for (;;) {
-      int finished = 0;
-      bool progress = false;
-      for (int i = 0; i < threads_; ++i) {
-        const int thread = (start + (backwards ? threads_ - i : i)) % threads_;
-        if (state_[thread] == State::kReady) {
-          enter(thread);
-          progress = true;
-        }
-        finished += state_[thread] == State::kFinished;
-      }
-      if (finished == threads_) return;
-      progress = release_warps() || progress;
-      if (finished > 0 && !progress) fail("threads wait at a barrier that others have passed by or never reach");
-      if (finished == 0 && all_at(0, threads_, State::kAtBlockBarrier)) {
-        release(0, threads_);
-        progress = true;
-      }
-      if (!progress) fail("threads of a block wait at different barriers");
-    }
-  }
-
-  EMULATION_UNSEEN bool all_at(int first, int last, State state) const {
-    for (int i = first; i < last; ++i) {
-      if (state_[i] != state) return false;
-    }
-    return true;
-  }
-
-  EMULATION_UNSEEN void release(int first, int last) {
-    for (int i = first; i < last; ++i) state_[i] = State::kReady;
-  }
-
-  EMULATION_UNSEEN bool release_warps() {
-    bool any = false;
-    for (int first = 0; first < threads_; first += kWarpSize) {
-      if (all_at(first, first + kWarpSize, State::kAtWarpBarrier)) {
-        release(first, first + kWarpSize);
-        any = true;
-      }
-    }
-    return any;
-  }
-
-  const std::function<void()>* kernel_ = nullptr;
-  int threads_ = 0, current_ = 0, pool_ = 0;
-  Context host_;
-  std::unique_ptr<Context> fibers_[2][kMaxThreads];
-  State state_[kMaxThreads];
-  unsigned rounds_[kMaxThreads];
-  uint64_t exchanged_[kMaxThreads];
-  Barrier block_barriers_[2][2];
-  char launch_ = 0, finished_ = 0;
+  BlockRunner runners_[2];
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -402,17 +435,17 @@ cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 b
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__ &    // one copy, seen by all threads
-#define __shared__ static      // blocks run one after the other
+#define __shared__ static thread_local
 #define __builtin_assume(...)
 
-inline void __syncthreads() { emulation::Emulator::instance().wait_for_block(); }
+inline void __syncthreads() { emulation::BlockRunner::current().wait_for_block(); }
 inline void __threadfence() {}  // atomics order memory here
 
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int distance) {
-  emulation::Emulator& emulator = emulation::Emulator::instance();
-  const int source = emulator.lane() + distance;
-  return emulator.exchange(value, source < emulation::kWarpSize ? source : emulator.lane());
+  emulation::BlockRunner& runner = emulation::BlockRunner::current();
+  const int source = runner.lane() + distance;
+  return runner.exchange(value, source < emulation::kWarpSize ? source : runner.lane());
 }
 
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
