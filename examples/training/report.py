@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -51,9 +52,9 @@ def progress_bars(console: Console) -> Progress:
 
 
 def print_table(console: Console, results: list[Result]) -> None:
-    table = Table(title="after the last step; effective lr: median (smallest to largest) over the parameter tensors")
+    table = Table(title="final lr: the effective one, median over the parameter tensors", box=SIMPLE)
     table.add_column("optimizer")
-    for heading in ("initial lr", "training loss", "validation loss", "accuracy", "effective lr", "seconds"):
+    for heading in ("initial lr", "training loss", "held-out loss", "accuracy", "final lr", "seconds"):
         table.add_column(heading, justify="right")
     for lr in dict.fromkeys(result.lr for result in results):
         runs = [result for result in results if result.lr == lr]
@@ -67,7 +68,7 @@ def print_table(console: Console, results: list[Result]) -> None:
                 f"{history.recent_training_loss():.3f}",
                 f"[bold]{loss}[/bold]" if final_loss(run) == best else loss,
                 f"{history.validation_accuracy[-1]:.1%}",
-                f"{history.lr_median[-1]:.2e} ({history.lr_min[-1]:.1e} to {history.lr_max[-1]:.1e})",
+                f"{history.lr_median[-1]:.2e}",
                 f"{run.seconds:.1f}",
             )
         table.add_section()
