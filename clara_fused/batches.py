@@ -17,6 +17,13 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+class Location(NamedTuple):
+    """Which parameter of an optimizer."""
+
+    group_index: int
+    param_index: int
+
+
 class TensorWork(NamedTuple):
     """One parameter tensor that takes part in a step: validated, with its state prepared."""
 
@@ -25,6 +32,10 @@ class TensorWork(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
+
+    @property
+    def location(self) -> Location:
+        return Location(self.group_index, self.param_index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,10 @@ class Batch(Protocol):
     """Tensors that share device and dtypes, in one back end, in one step. Called in the order measure, adapt, apply."""
 
     works: Sequence[TensorWork]
+    """The tensors; a batch kept for later steps lets go of them."""
+
+    locations: Sequence[Location]
+    """Where they are among the param groups; in the order of `works`."""
 
     def measure(self) -> Tensor:
         """Update moments and path; under `deferred` also take the step, with the scales from before.

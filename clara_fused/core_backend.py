@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import validation
 from ._version import __version__
-from .batches import StepInputs, TensorWork, moved
+from .batches import Location, StepInputs, TensorWork, moved
 from .options import GroupOptions, Variant
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class CoreBatch:
 
     def __init__(self, works: Sequence[TensorWork], options: Sequence[GroupOptions], groups: _Groups, variant: Variant):
         self.works: Sequence[TensorWork] = works
+        self.locations: Sequence[Location] = [work.location for work in works]
         self._groups = groups
         first = works[0]
         self._device = first.param.device

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import adaptation, core_backend, sharding, state, torch_backend, validation
-from .batches import Batch, StepInputs, TensorWork, moved
+from .batches import Batch, Location, StepInputs, TensorWork, moved
 from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, read_options
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
@@ -292,8 +292,8 @@ class AdamClara(Optimizer):
         """The batches of a step; tensors whose sums other ranks have a part in apart from those that need none."""
         if self._whole_sums is None or self.variant is Variant.GLOBAL:
             return self._batches_of(works, inputs)
-        sharded = [work for work in works if self._whole_sums.covers(work)]
-        rest = [work for work in works if not self._whole_sums.covers(work)]
+        sharded = [work for work in works if self._whole_sums.covers(work.location)]
+        rest = [work for work in works if not self._whole_sums.covers(work.location)]
         return [*self._batches_of(sharded, inputs), *self._batches_of(rest, inputs)]
 
     def _batches_of(self, works: Sequence[TensorWork], inputs: StepInputs) -> list[Batch]:
@@ -376,6 +376,23 @@ class AdamClara(Optimizer):
                 self.variant is Variant.GLOBAL,
                 self._describe_hyperparameters(inputs.lrs),
             )
+            if self.variant is not Variant.GLOBAL:
+                self._take_over_missing_scales(self._whole_sums)
+
+    def _take_over_missing_scales(self, whole_sums: sharding.WholeTensorSums) -> None:
+        """Learn from the other ranks the scales of sharded parameters that have no state on this one.
+
+        FSDP1 loads no state for an empty shard, so only the others know where the scale was.
+        """
+        params = {Location(g, p): param for g, p, param in self._enumerate_params()}
+        known = {}
+        for location, param in params.items():
+            scale = self.state.get(param, {}).get("lr_scale", self._stateless_scales.get(param))
+            if scale is not None:
+                known[location] = scale
+        for location, scale in whole_sums.largest_over_ranks(known).items():
+            if location not in known and scale > 0.0:
+                self._stateless_scales[params[location]] = scale.clone()
 
     def _describe_hyperparameters(self, lrs: Sequence[float | Tensor]) -> list[str]:
         """One line per group and option, made again only when a value changes."""
@@ -398,18 +415,19 @@ class AdamClara(Optimizer):
         if self.variant is Variant.GLOBAL:
             sharded = batches
             sums = [batch.measure() for batch in sharded]
-            self._adapt_shared_scale(whole_sums.total(_works_of(sharded), sums, hyperparameters), inputs)
+            self._adapt_shared_scale(whole_sums.total(_locations_of(sharded), sums, hyperparameters), inputs)
             for batch in sharded:
                 batch.adapt(None)
         else:
-            sharded = [batch for batch in batches if whole_sums.covers(batch.works[0])]
+            sharded = [batch for batch in batches if whole_sums.covers(batch.locations[0])]
             sums = [batch.measure() for batch in sharded]
-            pending = whole_sums.start(_works_of(sharded), sums, hyperparameters)
+            pending = whole_sums.start(_locations_of(sharded), sums, hyperparameters)
             # Meanwhile what needs no other rank.
-            self._run([batch for batch in batches if not whole_sums.covers(batch.works[0])], inputs)
+            self._run([batch for batch in batches if not whole_sums.covers(batch.locations[0])], inputs)
             reduced, absent = pending.result()
-            for batch, rows in zip(sharded, reduced.split_with_sizes([len(b.works) for b in sharded]), strict=True):
-                batch.adapt(moved(rows, batch.works[0].param.device))
+            rows = reduced.split_with_sizes([len(own) for own in sums])
+            for batch, own, whole in zip(sharded, sums, rows, strict=True):
+                batch.adapt(moved(whole, own.device))
             self._follow_other_ranks(absent, inputs)
         for batch in sharded:
             batch.apply()
@@ -525,8 +543,8 @@ class AdamClara(Optimizer):
         self._forget_caches()
 
 
-def _works_of(batches: Sequence[Batch]) -> list[TensorWork]:
-    return [work for batch in batches for work in batch.works]
+def _locations_of(batches: Sequence[Batch]) -> list[Location]:
+    return [location for batch in batches for location in batch.locations]
 
 
 class AdamClaraGlobal(AdamClara):

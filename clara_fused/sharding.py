@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import adaptation
-from .batches import TensorWork, moved
+from .batches import Location, TensorWork, moved
 from .dtensors import is_dtensor, is_ready, local, placed_as_shard, placed_like
 
 if TYPE_CHECKING:
@@ -104,23 +104,18 @@ def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
 # --- who holds what --------------------------------------------------------------------------------------------------
 
 
-class _Location(NamedTuple):
-    group_index: int
-    param_index: int
-
-
 @dataclass(frozen=True)
 class _Placed:
     """A parameter of the optimizer and the ranks among which it is divided."""
 
-    location: _Location
+    location: Location
     param: Tensor
     mesh: Any  # DeviceMesh; None for a plain tensor
     sharded_dims: frozenset[int]  # mesh dimensions that shard it
     holders: tuple[int, ...]  # global ranks whose parts make up the whole tensor, sorted
 
 
-def _place(location: _Location, param: Tensor, process_group: ProcessGroup | None) -> _Placed:
+def _place(location: Location, param: Tensor, process_group: ProcessGroup | None) -> _Placed:
     import torch.distributed as dist
 
     if is_dtensor(param):
@@ -233,7 +228,7 @@ _COUNT_LINE = "number of sharded parameters: "
 class _Route(NamedTuple):
     """How the sums of one step's tensors map to the rows of a collective; kept while the same tensors take part."""
 
-    locations: tuple[_Location, ...]
+    locations: list[Location]
     sources: Tensor  # index of the tensors among the step's, on the collective's device
     rows: Tensor  # their row in the collective
     weights: Tensor  # float64 [k, 1]
@@ -288,7 +283,7 @@ class WholeTensorSums:
     ) -> None:
         self.signature = signature_of(param_groups)
         placed = [
-            _place(_Location(group_index, param_index), param, process_group)
+            _place(Location(group_index, param_index), param, process_group)
             for group_index, group in enumerate(param_groups)
             for param_index, param in enumerate(group["params"])
         ]
@@ -311,23 +306,44 @@ class WholeTensorSums:
         return not self._collectives
 
     @cached_property
-    def _locations(self) -> frozenset[tuple[int, ...]]:
-        return frozenset((*member.location,) for c in self._collectives for member in c.members)
+    def _locations(self) -> frozenset[Location]:
+        return frozenset(member.location for c in self._collectives for member in c.members)
 
-    def covers(self, work: TensorWork) -> bool:
+    def covers(self, location: Location) -> bool:
         """Whether this tensor's sums go through a collective."""
-        return (work.group_index, work.param_index) in self._locations
+        return location in self._locations
+
+    def largest_over_ranks(self, values: Mapping[Location, Tensor]) -> dict[Location, Tensor]:
+        """For every parameter in a collective the largest of what the ranks have for it; waits for all of them.
+
+        Args:
+            values: 0-dim, > 0; parameters may be missing.
+
+        Returns:
+            0-dim tensors, 0 where no rank has a value.
+        """
+        import torch.distributed as dist
+
+        found: dict[Location, Tensor] = {}
+        for collective in self._collectives:
+            keys = [member.location for member in collective.members]
+            zero = torch.zeros((), device=collective.device)
+            mine = [moved(values[key], collective.device) if key in values else zero for key in keys]
+            largest = torch.stack([*mine, zero])
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=collective.group)
+            found.update(zip(keys, largest.unbind(), strict=False))
+        return found
 
     # --- Local and Smoothed: one row per parameter ---
 
-    def start(self, works: Sequence[TensorWork], sums: Sequence[Tensor], hyperparameters: list[str]) -> PendingSums:
+    def start(self, locations: Sequence[Location], sums: Sequence[Tensor], hyperparameters: list[str]) -> PendingSums:
         """Begin to add rows over the ranks, in the background.
 
         Every parameter has a row, with zeros where it has no gradient, so that the ranks never differ in what they
         send.
 
         Args:
-            works: the tensors of all batches that `covers`, in order.
+            locations: of the tensors of all batches that `covers`, in order.
             sums: per batch float64 [n, 2].
         """
         self._disagreement.poll()
@@ -335,7 +351,7 @@ class WholeTensorSums:
         own_sums = _concatenated(sums, device)
         sent = []
         for index, collective in enumerate(self._collectives):
-            route = self._route(index, works)
+            route = self._route(index, locations)
             rows = own_sums.new_zeros(len(collective.members), 2, device=collective.device)
             rows[route.rows] = moved(own_sums[route.sources.to(device)], collective.device) * route.weights
             sent.append((collective, route, *self._send(collective, rows, hyperparameters)))
@@ -343,11 +359,11 @@ class WholeTensorSums:
 
     # --- Global: the two totals ---
 
-    def total(self, works: Sequence[TensorWork], sums: Sequence[Tensor], hyperparameters: list[str]) -> Tensor:
+    def total(self, locations: Sequence[Location], sums: Sequence[Tensor], hyperparameters: list[str]) -> Tensor:
         """Sums over all tensors and all ranks.
 
         Args:
-            works: the tensors of all batches, in order.
+            locations: of the tensors of all batches, in order.
             sums: per batch float64 [n, 2].
 
         Returns:
@@ -357,7 +373,7 @@ class WholeTensorSums:
         own_sums = _concatenated(sums, self._collectives[0].device)
         sent = []
         for index, collective in enumerate(self._collectives):
-            route = self._route(index, works)
+            route = self._route(index, locations)
             mine = moved(own_sums[route.sources.to(own_sums.device)], collective.device) * route.weights
             sent.append(self._send(collective, adaptation.total_sums([mine]), hyperparameters))
         totals = []
@@ -368,14 +384,13 @@ class WholeTensorSums:
 
     # --- details ---
 
-    def _route(self, index: int, works: Sequence[TensorWork]) -> _Route:
-        locations = tuple(_Location(work.group_index, work.param_index) for work in works)
+    def _route(self, index: int, locations: Sequence[Location]) -> _Route:
         route = self._routes[index]
         if route is None or route.locations != locations:
-            route = self._routes[index] = self._new_route(self._collectives[index], locations)
+            route = self._routes[index] = self._new_route(self._collectives[index], list(locations))
         return route
 
-    def _new_route(self, collective: _Collective, locations: tuple[_Location, ...]) -> _Route:
+    def _new_route(self, collective: _Collective, locations: list[Location]) -> _Route:
         row_of = {member.location: row for row, member in enumerate(collective.members)}
         sources = [source for source, location in enumerate(locations) if location in row_of]
         rows = [row_of[locations[source]] for source in sources]

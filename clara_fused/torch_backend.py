@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import adaptation
-from .batches import StepInputs, TensorWork, moved
+from .batches import Location, StepInputs, TensorWork, moved
 from .options import GroupOptions, Variant
 from .profiling import profiler_range
 from .state import moment_dtype
@@ -122,6 +122,7 @@ class TorchBatch:
         max_temporary_bytes: int | None,
     ) -> None:
         self.works = works
+        self.locations: Sequence[Location] = [work.location for work in works]
         self.variant = variant
         first = works[0]
         self.options: GroupOptions = inputs.options[first.group_index]
