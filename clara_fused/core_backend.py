@@ -6,6 +6,7 @@ what is not is copied first (`_Staging`).
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -41,15 +42,15 @@ _REINSTALL = "reinstall clara_fused on a machine with a C++ compiler (`pip insta
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module, or why there is none."""
     try:
-        from . import _core
+        core = importlib.import_module("._core", __package__)
+    except ModuleNotFoundError:
+        return None, f"the compiled core is not installed: {_REINSTALL}"
     except ImportError as error:
-        if getattr(error, "name", None) == f"{__package__}._core" and "No module named" in str(error):
-            return None, f"the compiled core is not installed: {_REINSTALL}"
         return None, f"the compiled core cannot be loaded ({error}): {_REINSTALL}"
-    built_for = getattr(_core, "version", "unknown")
+    built_for = getattr(core, "version", "unknown")
     if built_for != __version__:
         return None, f"the compiled core is of version {built_for}, clara_fused of {__version__}: {_REINSTALL}"
-    return _core, ""
+    return core, ""
 
 
 def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | None:
