@@ -90,7 +90,7 @@ def with_tables(text: str, study: Study, sweep: Study, walk: dict[str, Any]) -> 
     for kind in kinds:
         tables[f"summary-{kind}"] = lambda kind=kind: summary_table(study, kind, MAIN).markdown()  # type: ignore[misc]
         tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
-            study, kind, ["adam", *OURS, "prodigy", "schedulefree"]
+            study, kind, [name for name in MAIN if name in study.optimizers]
         ).markdown()
         tables[f"sweep-{kind}"] = lambda kind=kind: sweep_table(sweep, kind, SWEEP_TASKS).markdown()  # type: ignore[misc]
     return MARKED.sub(lambda match: match[1] + tables[match[2]]() + match[4], text)
@@ -98,9 +98,10 @@ def with_tables(text: str, study: Study, sweep: Study, walk: dict[str, Any]) -> 
 
 def coverage(study: Study) -> str:
     fewest, most = study.seeds()
-    seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    seeds = f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
     runs = sum(len(cell.records) for cell in study.cells.values())
-    return f"Recorded: {runs} runs on {len(study.tasks)} tasks, {seeds} per task, optimizer and initial rate.\n"
+    names = ", ".join(label(name) for name in study.optimizers)
+    return f"Recorded so far: {runs} runs on {len(study.tasks)} tasks, {seeds} per setting. Optimizers: {names}.\n"
 
 
 def walk_table(walk: dict[str, Any]) -> Table:
@@ -134,7 +135,11 @@ def draw_losses(study: Study) -> Figure:
     figure, panels = grid(len(study.tasks), 4, 3.5, 2.6)
     for axes, task in zip(panels, study.tasks, strict=True):
         draw_task(axes, study, task)
-    handles = [Line2D([], [], color=color, linestyle=line, label=label(o)) for o, (color, line) in STYLES.items()]
+    handles = [
+        Line2D([], [], color=color, linestyle=line, label=label(optimizer))
+        for optimizer, (color, line) in STYLES.items()
+        if optimizer in study.optimizers
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
     return figure
 
@@ -165,11 +170,12 @@ def draw_task(axes: Axes, study: Study, task: str) -> None:
 def draw_trajectories(study: Study) -> Figure:
     """The median effective rate over the steps, a column per optimizer, a color per initial rate; seed 0."""
     tasks = [task for task in TRAJECTORY_TASKS if task in study.tasks]
-    figure, panels = grid(len(tasks) * len(OURS), len(OURS), 4.2, 2.4)
+    optimizers = [name for name in OURS if all((task, name, DECADES[-1]) in study.cells for task in tasks)]
+    figure, panels = grid(len(tasks) * len(optimizers), len(optimizers), 4.2, 2.4)
     colors = plt.get_cmap("viridis")
     for row, task in enumerate(tasks):
-        for column, optimizer in enumerate(OURS):
-            axes = panels[row * len(OURS) + column]
+        for column, optimizer in enumerate(optimizers):
+            axes = panels[row * len(optimizers) + column]
             for index, lr in enumerate(DECADES):
                 cell = study.cells.get((task, optimizer, lr))
                 if cell is None:

@@ -79,7 +79,8 @@ def span_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
         cells = []
         for optimizer in optimizers:
             m = study.measures(task, optimizer, kind)
-            cells.append("–" if m is None else f"{m.span} ({percent(m.regret)})")
+            complete = m is not None and m.decades == len(DECADES)
+            cells.append(f"{m.span} ({percent(m.regret)})" if complete else "–")
         rows.append([TASKS[task].label, lr_text(tuned[0]) if tuned else "–", *cells])
     return Table(f"span (regret) by {kind} loss", ["task", "Adam's lr", *map(label, optimizers)], rows)
 
