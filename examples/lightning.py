@@ -1,0 +1,81 @@
+"""Lightning with AdamClara: a tiny GPT on Python's documentation strings, logged to TensorBoard with histograms.
+
+    pip install lightning tensorboard
+    python examples/lightning.py --steps 60
+    tensorboard --logdir runs/lightning
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# This file is called like the package it shows; its own folder must not come first.
+sys.path.append(sys.path.pop(0))
+
+import argparse
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tiny_text import TinyGPT, batch, encoded_text
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from clara_fused import AdamClaraSmoothed
+from clara_fused.integrations.lightning import AdamClaraCallback
+
+
+class Batches(IterableDataset):
+    """Endless random windows of the text, already in batches."""
+
+    def __iter__(self):
+        text = encoded_text()
+        for seed in range(sys.maxsize):
+            yield batch(text, 16, seed)
+
+
+class Model(lightning.LightningModule):
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = TinyGPT()
+
+    def training_step(self, windows, index: int):
+        inputs, targets = windows
+        loss = nn.functional.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        return AdamClaraSmoothed(self.parameters(), lr=self.hparams.lr)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.logger is not None and self.global_step % self.trainer.log_every_n_steps == 0:
+            for index, scales in enumerate(self.optimizers().optimizer.lr_scales()):
+                self.logger.experiment.add_histogram(f"clara/group{index}/lr_scale", scales, self.global_step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/lightning"))
+    parser.add_argument("--resume", type=Path, help="a checkpoint (.ckpt) to go on from")
+    arguments = parser.parse_args()
+
+    lightning.seed_everything(0, verbose=False)
+    trainer = lightning.Trainer(
+        max_steps=arguments.steps,
+        log_every_n_steps=10,
+        gradient_clip_val=1.0,
+        logger=TensorBoardLogger(arguments.folder),
+        callbacks=[AdamClaraCallback()],
+        default_root_dir=arguments.folder,
+    )
+    trainer.fit(Model(arguments.lr), DataLoader(Batches(), batch_size=None), ckpt_path=arguments.resume)
+    print(f"loss {trainer.callback_metrics['loss'].item():.3f}")
+
+
+if __name__ == "__main__":
+    main()
