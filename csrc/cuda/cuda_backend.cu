@@ -3,8 +3,10 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 
 #include "element_launch.h"
 #include "launch.h"
@@ -87,7 +89,7 @@ void fill(Arguments& arguments, const TensorList& list, const Placement& where, 
   arguments.adapts = 0;
 
   const size_t grad_bytes = with_grads ? static_cast<size_t>(arguments.count) * sizeof(void*) : 0;
-  std::memcpy(arguments.payload, list.grads + run.first_tensor, grad_bytes);
+  if (with_grads) std::memcpy(arguments.payload, list.grads + run.first_tensor, grad_bytes);
   arguments.groups_offset = static_cast<int32_t>(grad_bytes);
   std::memcpy(arguments.payload + grad_bytes, list.groups + run.first_group,
               static_cast<size_t>(run.last_group - run.first_group) * sizeof(GroupOptions));
@@ -199,19 +201,19 @@ std::string device_problem(int device) {
 
 Layout layout(int64_t count, int64_t chunk_count) {
   Layout offsets{};
-  const auto place = [end = int64_t{0}](int64_t bytes) mutable {
+  int64_t end = 0;
+  const auto place = [&end](int64_t bytes) {
     const int64_t start = end;
     end = aligned_up(end + bytes);
     return start;
   };
-  auto placing = place;
-  offsets.tensors = placing(count * static_cast<int64_t>(sizeof(TensorRecord)));
-  offsets.tensor_of_chunk = placing(chunk_count * static_cast<int64_t>(sizeof(int32_t)));
-  offsets.arrivals = placing(sizeof(uint32_t));
+  offsets.tensors = place(count * static_cast<int64_t>(sizeof(TensorRecord)));
+  offsets.tensor_of_chunk = place(chunk_count * static_cast<int64_t>(sizeof(int32_t)));
+  offsets.arrivals = place(sizeof(uint32_t));
   offsets.table_bytes = offsets.arrivals + static_cast<int64_t>(sizeof(uint32_t));
-  offsets.partial_sums = placing(chunk_count * static_cast<int64_t>(sizeof(float)));
-  offsets.sums = placing(count * static_cast<int64_t>(sizeof(PathSums)));
-  offsets.bytes = placing(0);
+  offsets.partial_sums = place(chunk_count * static_cast<int64_t>(sizeof(float)));
+  offsets.sums = place(count * static_cast<int64_t>(sizeof(PathSums)));
+  offsets.bytes = end;
   return offsets;
 }
 
@@ -221,7 +223,7 @@ void write_table(const TensorRecord* tensors, int64_t count, void* host_memory) 
   const Layout offsets = layout(count, chunk_count);
   char* memory = static_cast<char*>(host_memory);
   std::memset(memory, 0, static_cast<size_t>(offsets.table_bytes));
-  std::memcpy(memory + offsets.tensors, tensors, static_cast<size_t>(count) * sizeof(TensorRecord));
+  std::copy_n(tensors, count, reinterpret_cast<TensorRecord*>(memory + offsets.tensors));
   int32_t* tensor_of_chunk = reinterpret_cast<int32_t*>(memory + offsets.tensor_of_chunk);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t chunk = chunks_of(tensors[i].numel); chunk > 0; --chunk) *tensor_of_chunk++ = static_cast<int32_t>(i);
