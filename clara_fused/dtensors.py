@@ -47,12 +47,13 @@ def placed_like(value: Tensor, param: Tensor) -> Tensor:
     """
     if not is_dtensor(param):
         return whole(value)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    target = cast("DTensor", param)
-    if is_dtensor(value):
-        return cast("DTensor", value).redistribute(target.device_mesh, target.placements)
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    mesh, placements = cast(DTensor, param).device_mesh, cast(DTensor, param).placements
+    if not is_dtensor(value):
+        # Not distribute_tensor: it cannot cut out the strided shards of FSDP2 with tensor parallelism (PyTorch 2.13).
+        value = DTensor.from_local(value.to(param.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return cast(DTensor, value).redistribute(mesh, placements)
 
 
 def placed_as_shard(part: Tensor, param: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from tiny_text import CONTEXT, TinyGPT, batch, encoded_text
 
 from clara_fused import AdamClaraSmoothed
+from tiny_text import CONTEXT, TinyGPT, batch, encoded_text
 
 BATCH_SIZE = 16  # over all ranks
 

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from tiny_text import CONTEXT, VOCABULARY, encoded_text
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -19,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from clara_fused import AdamClaraSmoothed
 from clara_fused.integrations.telemetry import find_optimizer
 from clara_fused.integrations.transformers import AdamClaraCallback
+from tiny_text import CONTEXT, VOCABULARY, encoded_text
 
 
 class Windows(Dataset):

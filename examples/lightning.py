@@ -18,12 +18,12 @@ import argparse
 import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from tiny_text import TinyGPT, batch, encoded_text
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from clara_fused import AdamClaraSmoothed
 from clara_fused.integrations.lightning import AdamClaraCallback
+from tiny_text import TinyGPT, batch, encoded_text
 
 
 class Batches(IterableDataset):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 CONTEXT = 48  # characters
 VOCABULARY = 128  # ASCII; everything else counts as character 0
-_MODULES = ("argparse", "collections", "datetime", "decimal", "functools", "pathlib", "random", "statistics", "subprocess")
+_MODULES = ("argparse", "collections", "datetime", "decimal", "functools", "pathlib", "random", "subprocess")
 
 
 def read_text() -> str:
