@@ -28,6 +28,8 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a sanitizer compiles
+
 # What ThreadSanitizer, ten times slower, is given: every kernel, and every kind of access. None of its findings could
 # depend on the options that the other tests vary.
 UNDER_THREAD_SANITIZER = [
@@ -113,7 +115,7 @@ def compiler() -> str:
 
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, capture_output=True, text=True, timeout=840, **options)  # type: ignore[call-overload]
 
 
 def compile_all(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
