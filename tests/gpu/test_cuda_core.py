@@ -1,0 +1,379 @@
+"""The CUDA kernels on a device.
+
+- results: every variant, storage type and option against float64 formulas; layouts and alignments; bitwise repeats; an
+  element count beyond 2^31; several devices
+- cost: launches per step, no host synchronization, no allocation
+- how steps are run: CUDA graphs, streams, GradScaler, resumed training
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LIVELY,
+    VARIANTS,
+    StepCheck,
+    all_params,
+    results,
+    set_gradients,
+    snapshot,
+    through_file,
+    train,
+)
+from helpers import parameters as cpu_parameters
+
+import clara_fused
+
+# Around the vectors of 4, the block's run of 1024 and the chunks of 8192 elements that the kernels work in.
+BORDER_SHAPES = [(0,), (), (1,), (3,), (4,), (5, 3), (127,), (1023,), (1024,), (1025,), (8191,), (8192,), (8193,)]
+BORDER_SHAPES += [(2, 8192), (16389,), (0, 7)]
+FEW_SHAPES = [(7,), (33, 5), (0,), (8195,)]
+
+
+def parameters(
+    device: torch.device, shapes: Iterable[Any] = FEW_SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(p.detach().to(device)) for p in cpu_parameters(shapes, dtype, seed)]
+
+
+def optimizer_for(variant: str, params: Any, **options: Any) -> torch.optim.Optimizer:
+    return VARIANTS[variant](params, **{**LIVELY[variant], "fused": True, **options})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True},
+    "no decay": {"weight_decay": 0.0},
+    "decoupled decay": {"decoupled_weight_decay": True},
+    "deferred": {"deferred": True},
+    "deferred, amsgrad, decoupled": {"deferred": True, "amsgrad": True, "decoupled_weight_decay": True},
+    "fixed reference": {"reference": 1.0},
+    "not accumulated": {"accumulate": False},
+    "not clipped": {"clip": None},
+    "bounded": {"scale_bounds": (0.9, 1.1)},
+    "not adapted": {"adapt_lr": False},
+}
+
+
+@pytest.mark.parametrize("options", list(OPTIONS))
+def test_options_against_the_formulas(variant: str, options: str, device: torch.device) -> None:
+    optimizer = optimizer_for(variant, parameters(device), **OPTIONS[options])
+    check = StepCheck(variant, optimizer)
+    for step in range(4):
+        set_gradients(all_params(optimizer), step)
+        check.step()
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+@pytest.mark.parametrize("path", [None, torch.bfloat16], ids=["float32-path", "bfloat16-path"])
+@pytest.mark.parametrize("wide_grad", [False, True], ids=["same-grad", "float32-grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_storage_types_against_the_formulas(
+    dtype: torch.dtype, wide_grad: bool, path: torch.dtype | None, deferred: bool, variant: str, device: torch.device
+) -> None:
+    params = parameters(device, BORDER_SHAPES, dtype)
+    if wide_grad:
+        if dtype == torch.float32:
+            pytest.skip("the same as same-grad")
+        if not hasattr(params[0], "grad_dtype"):
+            pytest.skip("this torch has no grad_dtype (new in 2.10)")
+        for param in params:
+            param.grad_dtype = torch.float32
+    optimizer = optimizer_for(variant, params, path_dtype=path, deferred=deferred)
+    check = StepCheck(variant, optimizer)
+    for step in range(3):
+        set_gradients(params, step)
+        if wide_grad:
+            for param in params:
+                param.grad = param.grad.float() * (1 + 2**-12)
+        check.step()
+
+
+def test_groups_and_joining_parameters_against_the_formulas(variant: str, device: torch.device) -> None:
+    shared = {"smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6)}
+    groups = [
+        {"params": parameters(device, seed=1), "lr": 0.1, "betas": (0.8, 0.99)},
+        {"params": parameters(device, seed=2, dtype=torch.bfloat16), "weight_decay": 0.2, "amsgrad": True},
+        {"params": parameters(device, seed=3), "lr": torch.tensor(0.02, device=device), "maximize": True},
+        {"params": parameters(device, seed=4), "lr": torch.tensor(0.02, dtype=torch.float64)},
+    ]
+    optimizer = optimizer_for(variant, groups, **shared)
+    check = StepCheck(variant, optimizer)
+    for step in range(4):
+        set_gradients(all_params(optimizer), step)
+        if step < 2:
+            groups[2]["params"][0].grad = None
+        check.step()
+
+
+def test_strides_and_alignments_against_the_formulas(variant: str, device: torch.device) -> None:
+    flat = torch.randn(40_000, device=device)
+    views = [
+        flat[1:1026],
+        flat[2000:12003].view(-1),
+        flat[12_003 : 12_003 + 60 * 70].view(60, 70).t(),
+        flat[20_002 : 20_002 + 2 * 3 * 20 * 30].view(2, 20, 30, 3).permute(0, 3, 1, 2),
+        flat[30_001:34_001:2],
+    ]
+    optimizer = optimizer_for(variant, [torch.nn.Parameter(view) for view in views])
+    check = StepCheck(variant, optimizer)
+    for step in range(3):
+        set_gradients(all_params(optimizer), step)
+        check.step()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_same_bits_every_time_on_any_stream_in_any_order(variant: str, deferred: bool, device: torch.device) -> None:
+    shapes = [(300, 400), (12_345,), (7,), (8192,)] * 5
+
+    def run(stream: torch.cuda.Stream, reverse: bool) -> Any:
+        params = parameters(device, shapes)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            order = params[::-1] if reverse else params
+            optimizer = optimizer_for(variant, order, deferred=deferred)
+            for step in range(10):
+                set_gradients(params, step)
+                optimizer.step()
+        torch.cuda.synchronize()
+        state = [optimizer.state[p] for p in params]
+        return [p.detach().cpu() for p in params], [{k: v.cpu() for k, v in s.items()} for s in state]
+
+    first = run(torch.cuda.current_stream(), False)
+    for again in (run(torch.cuda.current_stream(), False), run(torch.cuda.Stream(), True)):
+        assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
+        for a, b in zip(first[1], again[1], strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.timeout(600)
+def test_more_elements_than_32_bits_count(device: torch.device) -> None:
+    """Single elements against the same elements in small tensors, bit for bit; the norm against PyTorch's."""
+    count = 2**31 + 3
+    if torch.cuda.mem_get_info(device)[0] < 15 * count + 2**30:
+        pytest.skip("needs 31 GiB of free device memory")
+    windows = [slice(0, 9000), slice(2**31 - 9000, 2**31), slice(count - 4099, count)]
+    values = torch.linspace(-1.0, 1.0, 9000, dtype=torch.bfloat16, device=device)
+    large = torch.nn.Parameter(torch.zeros(count, dtype=torch.bfloat16, device=device))
+    large.grad = torch.full_like(large, 0.5)
+    small = []
+    for window in windows:
+        length = window.stop - window.start
+        large.data[window] = values[:length]
+        large.grad[window] = values[:length].flip(0)
+        small.append(torch.nn.Parameter(large.data[window].clone()))
+        small[-1].grad = large.grad[window].clone()
+
+    smoothing, damping = 0.3, 0.7
+    options = {"path_dtype": torch.bfloat16, "smoothing": smoothing, "damping": damping, "clip": None}
+    optimizer = optimizer_for("Local", [large], **options, adapt_lr=False)
+    reference = optimizer_for("Local", small, **options, adapt_lr=False)
+    for _ in range(2):
+        optimizer.step()
+        reference.step()
+        for window, param in zip(windows, small, strict=True):
+            assert torch.equal(large.detach()[window], param.detach())
+            for key in ("exp_avg", "exp_avg_sq", "path"):
+                assert torch.equal(optimizer.state[large][key][window], reference.state[param][key])
+
+    optimizer.param_groups[0]["adapt_lr"] = True
+    optimizer.step()
+    path = optimizer.state[large]["path"]
+    norm = sum(path[i : i + 2**26].double().square().sum().item() for i in range(0, count, 2**26))
+    ratio = norm / (count * clara_fused.random_walk_reference(3, 0.9, smoothing))
+    factor = math.exp(smoothing / (2 * damping) * (ratio - 1))
+    assert optimizer.state[large]["lr_scale"].item() == pytest.approx(factor, rel=1e-6)
+
+
+def test_several_devices_share_the_global_scale_and_keep_the_current_one(variant: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    torch.cuda.set_device(0)
+    params = parameters(torch.device("cuda:1"), seed=1) + parameters(torch.device("cuda:0"), seed=2)
+    optimizer = optimizer_for(variant, params)
+    check = StepCheck(variant, optimizer)
+    for step in range(4):
+        set_gradients(params, step)
+        check.step()
+        assert torch.cuda.current_device() == 0
+    if variant == "Global":
+        assert len({optimizer.state[p]["lr_scale"].item() for p in params}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def kernels_of(step: Callable[[], Any]) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e.name for e in on_device if not e.name.startswith("clara.")]
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+@pytest.mark.parametrize("count", [1, 300, 3000])
+def test_launches_do_not_grow_with_the_tensors(count: int, deferred: bool, variant: str, device: torch.device) -> None:
+    params = parameters(device, [(5,)] * count)
+    optimizer = optimizer_for(variant, params, deferred=deferred)
+    set_gradients(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    kernels = kernels_of(optimizer.step)
+    assert 0 < len(kernels) <= (2 if deferred else 3), kernels
+    assert all("clara" in kernel for kernel in kernels), kernels
+
+
+def test_a_step_neither_waits_for_the_device_nor_allocates(variant: str, device: torch.device) -> None:
+    params = parameters(device) + parameters(device, dtype=torch.bfloat16)
+    optimizer = optimizer_for(variant, params, lr=torch.tensor(0.01, device=device))
+    set_gradients(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    allocations = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(5):
+            optimizer.param_groups[0]["betas"] = (0.9, 0.999 - 0.001 * step)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # Global adds the sums of its two batches with PyTorch, which allocates from torch's pool.
+    if variant != "Global":
+        assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == allocations
+
+
+def test_fresh_gradients_and_telemetry_do_not_wait_for_the_device(variant: str, device: torch.device) -> None:
+    params = parameters(device)
+    optimizer = optimizer_for(variant, params)
+    fresh = []
+    for step in range(4):
+        set_gradients(params, step)
+        fresh.append([p.grad for p in params])
+    torch.cuda.synchronize()
+    for param, grad in zip(params, fresh[0], strict=True):
+        param.grad = grad
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for grads in fresh[1:]:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            optimizer.step()
+            optimizer.effective_lrs()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How steps are run
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+def test_a_captured_step_replays_with_new_gradients_and_learning_rates(
+    variant: str, deferred: bool, device: torch.device
+) -> None:
+    def prepared() -> tuple[list[torch.nn.Parameter], torch.Tensor, torch.optim.Optimizer]:
+        params = parameters(device)
+        lr = torch.tensor(0.01, device=device)
+        optimizer = optimizer_for(variant, params, lr=lr, deferred=deferred)
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        return params, lr, optimizer
+
+    def load(params: list[torch.nn.Parameter], step: int) -> None:
+        shadows = [torch.nn.Parameter(p.detach()) for p in params]
+        set_gradients(shadows, step)
+        for param, shadow in zip(params, shadows, strict=True):
+            param.grad.copy_(shadow.grad)
+
+    eager_params, eager_lr, eager = prepared()
+    graph_params, graph_lr, graphed = prepared()
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for step in range(3):
+            load(graph_params, step)
+            graphed.step()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    for step in range(3):
+        load(eager_params, step)
+        eager.step()
+    for step in range(3, 9):
+        for lr in (eager_lr, graph_lr):
+            lr.fill_(0.01 / step)
+        load(eager_params, step)
+        eager.step()
+        load(graph_params, step)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert results(graphed) == results(eager)
+
+
+@pytest.mark.parametrize("fused_amp", [False, True], ids=["skipped by the scaler", "skipped on the device"])
+def test_gradient_scaler_with_an_overflow(variant: str, fused_amp: bool, device: torch.device) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)).to(device)
+    inputs = torch.randn(256, 20, device=device)
+    targets = inputs[:, :1] * 2 - inputs[:, 1:2]
+    optimizer = VARIANTS[variant](model.parameters(), lr=3e-3, fused=True)
+    optimizer.enable_fused_amp(fused_amp)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)
+    losses = []
+    for step in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        scaler.scale(loss).backward()
+        if step == 30:
+            next(model.parameters()).grad[0, 0] = float("inf")
+            before, scale = snapshot(optimizer), scaler.get_scale()
+        scaler.step(optimizer)
+        if step == 30:
+            after = snapshot(optimizer)
+            assert after["params"] == before["params"] and after["state"] == before["state"]
+        scaler.update()
+        if step == 30:
+            assert scaler.get_scale() == scale / 2
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.state[next(model.parameters())]["step"].item() == 59
+
+
+def test_a_resumed_run_ends_with_the_same_bits(variant: str, device: torch.device) -> None:
+    params = parameters(device) + parameters(device, dtype=torch.bfloat16, seed=5)
+    whole = optimizer_for(variant, params, path_dtype=torch.bfloat16)
+    train(whole, 5)
+    saved = through_file(whole.state_dict())
+    resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    train(whole, 5, first=5)
+    resumed = optimizer_for(variant, resumed_params, path_dtype=torch.bfloat16)
+    resumed.load_state_dict(copy.deepcopy(saved))
+    train(resumed, 5, first=5)
+    assert results(resumed) == results(whole)
+
+
+def test_the_core_agrees_with_pytorch_operations(variant: str, device: torch.device) -> None:
+    fused = optimizer_for(variant, parameters(device, BORDER_SHAPES))
+    plain = optimizer_for(variant, parameters(device, BORDER_SHAPES), fused=False)
+    for optimizer in (fused, plain):
+        train(optimizer, 20)
+    for a, b in zip(all_params(fused), all_params(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
