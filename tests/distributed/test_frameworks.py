@@ -1,0 +1,360 @@
+"""The frameworks people use, really run on the CPU: Hugging Face Trainer, accelerate, Lightning, AveragedModel.
+
+A framework that is not installed (`pip install clara-fused[frameworks]`) skips its tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import World
+from sharded_models import LAYOUTS, LIVELY, VARIANTS, data, full_parameters, make_model, on_all_ranks
+from torch import Tensor, nn
+
+import clara_fused
+
+# Frameworks warn about each other and about machines without accelerators; that is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def assert_equal_tensors(got: Any, expected: Any) -> None:
+    got, expected = list(got), list(expected)
+    assert len(got) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# --- Hugging Face Trainer --------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x, y = data(index, torch.float32)
+        return {"x": x[0], "labels": y[0]}
+
+
+class Regression(nn.Module):
+    """What the Trainer wants of a model: a loss among its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model(torch.float32)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        prediction = self.inner(x)
+        return {"loss": nn.functional.mse_loss(prediction, labels), "logits": prediction}
+
+
+def hf_trainer(folder: Path, variant: str, max_steps: int = 12, **arguments: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    from clara_fused.integrations.transformers import AdamClaraCallback
+
+    return transformers.Trainer(
+        model=Regression(),
+        args=transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=max_steps,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.5,
+            learning_rate=0.02,
+            lr_scheduler_type="cosine",
+            warmup_steps=2,
+            logging_steps=2,
+            save_steps=6,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=5,
+            **arguments,
+        ),
+        train_dataset=Rows(),
+        optimizer_cls_and_kwargs=(VARIANTS[variant], {"smoothing": 0.3, "damping": 0.7, "lr": 0.02}),
+        callbacks=[AdamClaraCallback()],
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hf_trainer_trains_logs_and_resumes(tmp_path: Path, variant: str) -> None:
+    whole = hf_trainer(tmp_path / "whole", variant)
+    result = whole.train()
+    assert result.training_loss < 1.0
+    logs = [entry for entry in whole.state.log_history if "learning_rate" in entry]
+    assert len(logs) == 6
+    for entry in logs:
+        assert entry["clara/group0/lr_scale/min"] <= entry["clara/group0/lr_scale/median"]
+        assert entry["clara/group0/effective_lr/max"] >= entry["clara/group0/effective_lr/median"] >= 0.0
+    assert logs[-1]["clara/group0/lr_scale/max"] != logs[0]["clara/group0/lr_scale/max"]
+    # The Trainer keeps decaying and other parameters in two groups.
+    assert "clara/group1/lr_scale/max" in logs[-1]
+
+    resumed = hf_trainer(tmp_path / "whole", variant)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert_equal_tensors(resumed.model.parameters(), whole.model.parameters())
+    assert resumed.state.log_history[-2] | {"loss": 0} == whole.state.log_history[-2] | {"loss": 0}
+
+
+def test_hf_trainer_in_bfloat16(tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, "Smoothed", max_steps=4, bf16=True)
+    assert trainer.train().training_loss < 2.0
+
+
+# --- accelerate ------------------------------------------------------------------------------------------------------
+
+
+def accelerator_of(**arguments: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    # It keeps one configuration for all accelerators of a process.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    return accelerate.Accelerator(cpu=True, **arguments)
+
+
+def test_accelerate_is_the_plain_run() -> None:
+    accelerator = accelerator_of(gradient_accumulation_steps=2)
+    models = [make_model() for _ in range(2)]
+    prepared, plain = (clara_fused.AdamClaraSmoothed(model.parameters(), **LIVELY) for model in models)
+    model, prepared = accelerator.prepare(models[0], prepared)
+    for step in range(8):
+        x, y = data(step)
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            prepared.step()
+            prepared.zero_grad()
+        (nn.functional.mse_loss(models[1](x), y) / 2).backward()
+        if step % 2:
+            nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+            plain.step()
+            plain.zero_grad()
+    assert_equal_tensors(models[0].parameters(), models[1].parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("fused_amp", [False, True])
+def test_accelerate_mixed_precision(precision: str, fused_amp: bool) -> None:
+    if precision == "fp16":
+        # accelerate itself refuses fp16 on the CPU; this is what it would do on a GPU.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=2)
+        accelerator = None
+    else:
+        scaler, accelerator = None, accelerator_of(mixed_precision="bf16")
+    model = make_model(torch.float32)
+    optimizer: Any = clara_fused.AdamClaraGlobal(model.parameters(), lr=0.02)
+    optimizer.enable_fused_amp(fused_amp)
+    if accelerator is not None:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for step in range(20):
+        x, y = data(step, torch.float32)
+        with torch.autocast("cpu", torch.float16 if scaler else torch.bfloat16):
+            loss = nn.functional.mse_loss(model(x).float(), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        if scaler is None:
+            accelerator.backward(loss)
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def accelerate_fsdp2(checkpoint: str) -> tuple[float, bool]:
+    import accelerate
+
+    os.environ.update(
+        RANK=str(dist.get_rank()),
+        LOCAL_RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_WORLD_SIZE=str(dist.get_world_size()),
+    )
+    try:
+        plugin = accelerate.utils.FullyShardedDataParallelPlugin(
+            fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="NO_WRAP", state_dict_type="SHARDED_STATE_DICT"
+        )
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = accelerate.Accelerator(cpu=True)
+        # accelerate turns its FSDP2 code on for accelerators only, though it runs on the CPU as well.
+        accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        model = make_model(torch.float32)
+        alone = copy.deepcopy(model)
+        # Made before the model is sharded: accelerate puts DTensors in its groups.
+        optimizer: Any = clara_fused.AdamClaraSmoothed(model.parameters(), **LIVELY)
+        alone_optimizer = clara_fused.AdamClaraSmoothed(alone.parameters(), **LIVELY)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for step in range(6):
+            x, y = data(step, torch.float32)
+            mine = slice(dist.get_rank() * len(x) // 2, (dist.get_rank() + 1) * len(x) // 2)
+            accelerator.backward(nn.functional.mse_loss(model(x[mine]), y[mine]))
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            nn.functional.mse_loss(alone(x), y).backward()
+            nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+            alone_optimizer.step()
+            alone_optimizer.zero_grad()
+        difference = max(
+            (sharded.full_tensor() - whole).abs().max().item()
+            for sharded, whole in zip(model.parameters(), alone.parameters(), strict=True)
+        )
+        scales = optimizer.optimizer.lr_scales()[0].tolist()
+        files = accelerate.utils.fsdp_utils
+        files.save_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, checkpoint)
+        before = [p.full_tensor().detach().clone() for p in model.parameters()]
+        optimizer.step()  # no gradients: takes part in the sum, changes nothing
+        for entry in optimizer.optimizer.state.values():
+            entry["lr_scale"].fill_(7.0)
+        files.load_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, checkpoint)
+        assert_equal_tensors([p.full_tensor() for p in model.parameters()], before)
+        assert optimizer.optimizer.lr_scales()[0].tolist() == scales
+        return difference, all(other == scales for other in on_all_ranks(scales))
+    finally:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+
+
+def test_accelerate_fsdp2_plugin(world2: World, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    for difference, ranks_agree in world2.run(accelerate_fsdp2, str(tmp_path / "state")):
+        assert difference < 1e-4
+        assert ranks_agree
+
+
+# --- Lightning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package; not the example of that name, whose folder the tests have in their path."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).name != "examples"])
+    if not hasattr(sys.modules.get("lightning"), "__path__"):
+        sys.modules.pop("lightning", None)
+    return pytest.importorskip("lightning")
+
+
+def lightning_trainer(
+    lightning: Any, folder: Path, variant: str, max_steps: int, **arguments: Any
+) -> tuple[Any, Any, Any]:
+    from lightning.pytorch.loggers import CSVLogger
+
+    from clara_fused.integrations.lightning import AdamClaraCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model(torch.float32)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.mse_loss(self.inner(batch["x"]).float(), batch["labels"])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = VARIANTS[variant](self.parameters(), **LIVELY)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.1 * step))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # 6 batches an epoch: Lightning resumes at the start of one, whatever batch the checkpoint was made after.
+    rows = torch.utils.data.Subset(Rows(), range(24))
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        devices=1,
+        log_every_n_steps=2,
+        gradient_clip_val=0.5,
+        logger=CSVLogger(str(folder)),
+        callbacks=[AdamClaraCallback()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=str(folder),
+        **arguments,
+    )
+    return trainer, Module(), torch.utils.data.DataLoader(rows, batch_size=4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lightning_trains_logs_and_resumes(lightning: Any, tmp_path: Path, variant: str) -> None:
+    whole_trainer, whole, loader = lightning_trainer(lightning, tmp_path / "whole", variant, 12)
+    whole_trainer.fit(whole, loader)
+    whole_trainer.logger.save()
+    with open(Path(whole_trainer.logger.log_dir) / "metrics.csv") as file:
+        logged = [row for row in csv.DictReader(file) if row["clara/group0/lr_scale/median"]]
+    assert [int(row["step"]) for row in logged] == [1, 3, 5, 7, 9, 11]  # counted from 0, as Lightning does
+    assert logged[-1]["clara/group0/lr_scale/max"] != logged[0]["clara/group0/lr_scale/max"]
+    assert all(float(row["clara/group0/effective_lr/min"]) > 0.0 for row in logged)
+
+    first_trainer, first, loader = lightning_trainer(lightning, tmp_path / "first", variant, 6)
+    first_trainer.fit(first, loader)
+    first_trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second_trainer, second, loader = lightning_trainer(lightning, tmp_path / "second", variant, 12)
+    second_trainer.fit(second, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    assert_equal_tensors(second.parameters(), whole.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lightning_precision_plugins(lightning: Any, tmp_path: Path, precision: str) -> None:
+    trainer, module, loader = lightning_trainer(lightning, tmp_path, "Smoothed", 6, precision=precision)
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer.fit(module, loader)
+    assert not any(torch.equal(p.detach().to(b.dtype), b) for p, b in zip(module.parameters(), before, strict=True))
+    (optimizer,) = trainer.optimizers
+    assert {entry["exp_avg"].dtype for entry in optimizer.state.values()} == {torch.float32}
+
+
+# --- torch itself ----------------------------------------------------------------------------------------------------
+
+
+def test_averaged_model() -> None:
+    model = make_model()
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    optimizer = clara_fused.AdamClaraSmoothed(model.parameters(), **LIVELY)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for step in range(5):
+        x, y = data(step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        average.update_parameters(model)
+        now = [p.detach().clone() for p in model.parameters()]
+        expected = now if step == 0 else [0.9 * e + 0.1 * p for e, p in zip(expected, now, strict=True)]
+    torch.testing.assert_close([p.detach() for p in average.module.parameters()], expected)
+
+
+def clipped(layout: str) -> float:
+    """clip_grad_norm_ with DTensors, and an average of DTensors."""
+    make = functools.partial(clara_fused.AdamClaraSmoothed, **LIVELY)
+    sharded = LAYOUTS[layout][1](make_model(), make)
+    alone = make_model()
+    optimizer = make(alone.parameters())
+    average = torch.optim.swa_utils.AveragedModel(sharded.model) if layout == "tp-2" else None
+    for step in range(6):
+        sharded.backward(step)
+        nn.utils.clip_grad_norm_(sharded.model.parameters(), 0.1)
+        sharded.optimizer.step()
+        if average is not None:
+            average.update_parameters(sharded.model)
+        optimizer.zero_grad()
+        x, y = data(step)
+        nn.functional.mse_loss(alone(x), y).backward()
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        optimizer.step()
+    params = full_parameters(sharded)
+    return max((params[name] - p).abs().max().item() for name, p in alone.named_parameters())
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-2"])
+def test_gradient_clipping_with_dtensors(world2: World, layout: str) -> None:
+    assert max(world2.run(clipped, layout)) < 5e-8
