@@ -219,7 +219,7 @@ class AdamClara(Optimizer):
             self._run_sharded(batches, inputs, self._whole_sums)
         else:
             self._run(batches, inputs)
-        # The core writes through raw pointers, which autograd does not see: without this, a backward pass through a graph
+        # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph
         # that saved a parameter before the step would quietly use the new values.
         torch.autograd.graph.increment_version([p for _, _, p in self._enumerate_params() if p.grad is not None])
         if not planned:
