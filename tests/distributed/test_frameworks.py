@@ -266,8 +266,8 @@ def lightning_trainer(
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.1 * step))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # 6 batches an epoch: Lightning resumes at the start of one, whatever batch the checkpoint was made after.
-    rows = torch.utils.data.Subset(Rows(), range(24))
+    # Every batch is the same: Lightning goes on with the first one of an epoch, whatever batch came before.
+    rows = torch.utils.data.Subset(Rows(), [0, 1, 2, 3] * 16)
     trainer = lightning.Trainer(
         max_steps=max_steps,
         accelerator="cpu",
