@@ -203,16 +203,19 @@ class BlockRunner {
     for (Context* fiber : fibers_) delete fiber;
   }
 
-  // Runs these blocks of the grid and returns when they are done.
-  void run(const Launch& launch, std::vector<unsigned> blocks, unsigned seed) {
+  // The host's three parts in a launch. Between the first and the last of them it must learn nothing of what threads of
+  // the device did, or it would order the blocks of two runners.
+  void prepare(const Launch& launch, std::vector<unsigned> blocks, unsigned seed) {
     launch_ = launch;
     blocks_ = std::move(blocks);
     random_.seed(seed);
     synchronize_before(&launched_);
+  }
+  void run() {
     start_.release();
     done_.acquire();
-    synchronize_after(&finished_);
   }
+  void finish() { synchronize_after(&finished_); }
 
   static BlockRunner& current() { return *current_runner_; }
 
@@ -355,8 +358,11 @@ class Emulator {
     std::iota(order.begin(), order.end(), 0u);
     std::shuffle(order.begin(), order.end(), random);
     const auto middle = order.begin() + blocks / 2;
-    runners_[0].run({&kernel, blocks, threads}, {order.begin(), middle}, static_cast<unsigned>(random()));
-    runners_[1].run({&kernel, blocks, threads}, {middle, order.end()}, static_cast<unsigned>(random()));
+    const Launch launch = {&kernel, blocks, threads};
+    runners_[0].prepare(launch, {order.begin(), middle}, static_cast<unsigned>(random()));
+    runners_[1].prepare(launch, {middle, order.end()}, static_cast<unsigned>(random()));
+    for (BlockRunner& runner : runners_) runner.run();
+    for (BlockRunner& runner : runners_) runner.finish();
   }
 
  private:
