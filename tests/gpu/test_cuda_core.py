@@ -92,10 +92,13 @@ def test_storage_types_against_the_formulas(
     optimizer = optimizer_for(variant, params, path_dtype=path, deferred=deferred)
     check = StepCheck(variant, optimizer)
     for step in range(3):
-        set_gradients(params, step)
         if wide_grad:
+            generator = torch.Generator().manual_seed(step)
             for param in params:
-                param.grad = param.grad.float() * (1 + 2**-12)
+                # Values that the parameter's type could not hold.
+                param.grad = (torch.randn(param.shape, generator=generator) + 0.7).to(device)
+        else:
+            set_gradients(params, step)
         check.step()
 
 
