@@ -175,11 +175,11 @@ def test_bad_dtensors_are_refused_by_name(world2: World) -> None:
         assert "gradient is a DTensor on" in mesh
 
 
-def gradients_with_other_placements(variant: str) -> None:
+def gradients_with_other_placements(variant: str, placements: list[Any]) -> None:
     """DTensor's autograd leaves gradients of replicated parameters as sums to be done."""
     mesh = init_device_mesh("cpu", (2,))
     rank = dist.get_rank()
-    params = [nn.Parameter(distribute_tensor(torch.arange(1.0, 6.0), mesh, [p])) for p in (Replicate(), Shard(0))]
+    params = [nn.Parameter(distribute_tensor(torch.arange(1.0, 6.0), mesh, [p])) for p in placements]
     wholes = [nn.Parameter(torch.arange(1.0, 6.0)) for _ in params]
     sharded, alone = VARIANTS[variant](params, **LIVELY), VARIANTS[variant](wholes, **LIVELY)
     for step in range(5):
@@ -198,9 +198,11 @@ def gradients_with_other_placements(variant: str) -> None:
     torch.testing.assert_close(sharded.lr_scales(), alone.lr_scales(), rtol=1e-5, atol=0)
 
 
+# Unfinished sums of a copied parameter have its shape, so that nothing but their placement tells them apart.
+@pytest.mark.parametrize("placements", [[Replicate()], [Shard(0)], [Replicate(), Shard(0)]], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_brought_to_their_parameters_placements(world2: World, variant: str) -> None:
-    world2.run(gradients_with_other_placements, variant)
+def test_gradients_are_brought_to_their_parameters_placements(world2: World, variant: str, placements: Any) -> None:
+    world2.run(gradients_with_other_placements, variant, placements)
 
 
 # --- process_group ---------------------------------------------------------------------------------------------------
