@@ -484,6 +484,10 @@ class Plan:
             batch.prepare(inputs)
         return True
 
+    def params_with_grad(self, param_groups: list[dict[str, Any]]) -> list[Tensor]:
+        """The parameters that take part in the step, right after `prepare` has said yes."""
+        return self._watch.params_with_grad(param_groups)
+
 
 def plan_of(
     param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], batches: Sequence[object], inputs: StepInputs

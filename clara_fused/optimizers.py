@@ -221,7 +221,11 @@ class AdamClara(Optimizer):
             self._run(batches, inputs)
         # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph
         # that saved a parameter before the step would quietly use the new values.
-        torch.autograd.graph.increment_version([p for _, _, p in self._enumerate_params() if p.grad is not None])
+        if planned and self._plan is not None:
+            stepped = self._plan.params_with_grad(self.param_groups)
+        else:
+            stepped = [p for _, _, p in self._enumerate_params() if p.grad is not None]
+        torch.autograd.graph.increment_version(stepped)
         if not planned:
             self._make_plan(batches, inputs)
         return loss

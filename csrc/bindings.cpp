@@ -351,6 +351,7 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("group"), py::arg("param"), py::arg("bucket"), py::arg("row"))
       .def("unchanged", &TensorWatch::unchanged, py::arg("param_groups"), py::arg("state"))
+      .def("params_with_grad", &TensorWatch::params_with_grad, py::arg("param_groups"))
       .def_property_readonly("uses_exchange_api", &TensorWatch::uses_exchange_api);
 
   m.attr("version") = CLARA_VERSION;

@@ -225,6 +225,17 @@ bool TensorWatch::same_params(PyObject* param_groups) {
   return true;
 }
 
+py::list TensorWatch::params_with_grad(py::list param_groups) const {
+  py::list found;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const py::list params = param_groups[g][py::handle(names().params)];
+    for (size_t i = 0; i < groups_[g].size(); ++i) {
+      if (groups_[g][i].has_grad) found.append(params[i]);
+    }
+  }
+  return found;
+}
+
 bool TensorWatch::same_grad(Param& param) {
   const py::object grad = owned(PyObject_GetAttr(param.object, names().grad));
   if (!grad) return false;

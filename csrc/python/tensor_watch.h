@@ -63,6 +63,9 @@ class TensorWatch {
   // True if nothing but addresses of gradients has changed; then the routed slots hold the current ones.
   bool unchanged(pybind11::list param_groups, pybind11::dict state);
 
+  // The parameters that have gradients, right after `unchanged` has been true for the same groups.
+  pybind11::list params_with_grad(pybind11::list param_groups) const;
+
   bool uses_exchange_api() const { return reader_.uses_exchange_api(); }
 
  private:
