@@ -34,6 +34,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("lr", -1.0, "Invalid learning rate: -1.0"),
     ("lr", NAN, "Invalid learning rate: nan"),
     ("lr", torch.ones(2), "Tensor lr must be 1-element"),
+    ("lr", torch.ones((), dtype=torch.int64), "Tensor lr must be floating point, got torch.int64"),
     ("lr", "fast", "lr"),
     ("lr", None, "lr"),
     ("eps", -1e-8, "Invalid epsilon value: -1e-08"),
@@ -160,6 +161,13 @@ def test_ends_of_the_ranges_are_served(name: str, value: Any, variant: str, fuse
         check.step()
 
 
+@pytest.mark.parametrize("lr", [-1.0, NAN])
+def test_tensor_lr_out_of_range_is_refused_where_reading_it_is_free(lr: float, variant: str) -> None:
+    """When it is given, and on the CPU: a step must not wait for a device to know the value."""
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        VARIANTS[variant](parameters(), lr=torch.tensor(lr))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters and gradients
 
@@ -196,6 +204,13 @@ def plain(tensor: torch.Tensor, grad: torch.Tensor) -> Callable[[], torch.Tensor
     return make
 
 
+def overlapping() -> torch.Tensor:
+    """Two rows that are one row of memory: an update in place would write each element twice."""
+    param = torch.ones(1, 3).expand(2, 3)
+    param.grad = torch.ones(2, 3)
+    return param
+
+
 SERVED = "torch.float32, torch.bfloat16, torch.float16, torch.float64"
 
 BAD_TENSORS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
@@ -223,6 +238,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
         SERVED,
     ),
     "sparse parameter": (plain(torch.ones(2, 3).to_sparse(), torch.ones(2, 3).to_sparse()), "sparse"),
+    "parameter whose elements share memory": (overlapping, "share memory"),
 }
 
 

@@ -334,6 +334,33 @@ def test_checkpoints_of_the_three_variants_interchange(fused: bool) -> None:
 # Wrong checkpoints
 
 
+def test_empty_state_of_a_parameter_loads_as_never_stepped(variant: str, fused: bool) -> None:
+    """Other optimizers leave empty entries behind where their code looks up the state of a parameter."""
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    train(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0] = {}
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state[params[0]]
+    train(optimizer, 1)
+    assert optimizer.state[params[0]]["step"] == 1
+    assert optimizer.state[params[1]]["step"] == 3
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_state_that_is_no_adam_state_is_refused(key: str, variant: str, fused: bool) -> None:
+    """Nothing can stand for a missing moment or step count, unlike for a missing path or scale."""
+    optimizer = VARIANTS[variant](parameters(), fused=fused, **LIVELY[variant])
+    train(optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][1][key]
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"param group 0, parameter 1 .*state '{key}' is None"):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer) == before
+
+
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "path", "max_exp_avg_sq", "lr_scale", "step"])
 def test_state_of_the_wrong_size_is_refused(key: str, variant: str, fused: bool) -> None:
     """torch's fused Adam reads and writes past the end of such state."""

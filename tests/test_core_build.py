@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import setuptools
 import torch
 from helpers import core_available
 
-from clara_fused import core_backend
+from clara_fused import AdamClaraLocal, __version__, core_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
@@ -223,3 +224,93 @@ def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) 
         assert "of version" in (core_backend.core_status("cpu", torch.float32) or "")
     finally:
         core_backend._load.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which back end serves what
+
+
+@pytest.fixture
+def fresh_core_status() -> Iterator[None]:
+    """What the process found out about its core is found out again, before and after the test."""
+    caches = (core_backend._load, core_backend._warn_without_core, core_backend._cuda_problem)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_core_status")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module named _core"), "is not installed"),
+        (ImportError("undefined symbol"), "cannot be loaded (undefined symbol)"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_without_a_core_everything_names_the_reason(
+    error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(core_backend.importlib, "import_module", refuse)
+    assert message in (core_backend.core_status("cpu", torch.float32) or "")
+    text = core_backend.describe_installation()
+    assert f"compiled core: none (the compiled core {message}" in text
+    assert "PyTorch operations: the compiled core " + message in text
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = AdamClaraLocal([param])
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        for _ in range(2):
+            optimizer.step()
+    assert len(caught) == 1
+    assert optimizer.state[param]["step"] == 2
+
+
+class _CudaCore:
+    """As much of a compiled core as deciding on a back end asks for."""
+
+    version = __version__
+
+    def __init__(self, built_with_cuda: bool, problem: str) -> None:
+        self._cuda = {"toolkit": "13.0", "architectures": "90"} if built_with_cuda else None
+        self._problem = problem
+
+    def build_info(self) -> dict[str, object]:
+        return {"cuda": self._cuda}
+
+    def cuda_problem(self, index: int) -> str:
+        return self._problem and f"device {index}: {self._problem}"
+
+
+@pytest.mark.usefixtures("fresh_core_status")
+@pytest.mark.parametrize(
+    ("built_with_cuda", "problem", "device", "dtype", "reason"),
+    [
+        (True, "", "cuda", torch.float32, None),
+        (True, "", "cuda:1", torch.bfloat16, None),
+        (True, "no driver", "cuda:1", torch.float32, "device 1: no driver"),
+        (True, "", "cuda", torch.float64, "do not serve float64"),
+        (False, "", "cuda", torch.float32, "built without CUDA"),
+        (True, "", "mps", torch.float32, "no kernels for mps devices"),
+        (False, "no driver", "cpu", torch.float64, None),
+    ],
+)
+def test_the_reason_why_a_device_or_dtype_is_not_served(
+    built_with_cuda: bool,
+    problem: str,
+    device: str,
+    dtype: torch.dtype,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core_backend.importlib, "import_module", lambda *_: _CudaCore(built_with_cuda, problem))
+    status = core_backend.core_status(device, dtype)
+    if reason is None:
+        assert status is None
+    else:
+        assert status is not None and reason in status

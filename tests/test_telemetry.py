@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import LIVELY, VARIANTS, all_params, frozen, parameters, set_gradients, snapshot, train
+
+from clara_fused.integrations.telemetry import find_optimizer
 
 
 def test_order_dtype_and_shape(variant: str, fused: bool) -> None:
@@ -93,3 +97,14 @@ def test_no_graph(variant: str) -> None:
     train(optimizer, 1)
     assert not any(t.requires_grad for t in (*optimizer.lr_scales(), *optimizer.effective_lrs()))
     assert all(p.grad is not None for p in all_params(optimizer))
+
+
+def test_the_optimizer_is_found_inside_wrappers() -> None:
+    """What the logging callbacks ask first: they must leave runs with other optimizers alone."""
+    optimizer = VARIANTS["Local"](parameters())
+    accelerated = SimpleNamespace(optimizer=optimizer)
+    zero = SimpleNamespace(optim=SimpleNamespace(optimizer=optimizer))
+    loop = SimpleNamespace()
+    loop.optimizer = loop
+    assert all(find_optimizer(wrapped) is optimizer for wrapped in (optimizer, accelerated, zero))
+    assert all(find_optimizer(other) is None for other in (None, torch.optim.Adam(parameters()), loop))
