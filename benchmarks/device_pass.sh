@@ -3,7 +3,7 @@
 #   benchmarks/device_pass.sh [--out DIR] [PART ...]
 # Parts: build tests sanitizer step-time graph overhead end-to-end nsys ncu; all of them by default. Each ends within ten
 # minutes. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files, device-pass.json with how each
-# part ended, and device-pass-PART.log; a table comes last.
+# part ended, and device-pass-PART.log; a table comes last. Outside a git checkout CLARA_COMMIT tells the commit.
 # Exit codes: 0 every part passed or lacked its profiler, 1 a part failed, 2 bad arguments, 3 no usable CUDA device.
 set -uo pipefail
 
@@ -93,19 +93,19 @@ for part in "${parts[@]}"; do
     records+=("$part|$result|$((SECONDS - start))")
 done
 
-printf '%s\n' "${records[@]}" | "$python" -c '
+printf '%s\n' "${records[@]}" | PYTHONPATH=$here:$PYTHONPATH "$python" -c '
 import json, sys, torch
+from harness.environment import describe_environment
 rows = [line.rstrip("\n").split("|") for line in sys.stdin]
 record = {
-    "device": torch.cuda.get_device_name(),
-    "torch": torch.__version__,
-    "cuda": torch.version.cuda,
+    **describe_environment(torch.device("cuda", torch.cuda.current_device())),
     "parts": [{"part": part, "result": result, "seconds": int(seconds)} for part, result, seconds in rows],
 }
 with open(sys.argv[1], "w") as file:
     json.dump(record, file, indent=2)
     file.write("\n")
-print("\n%s, torch %s" % (record["device"], record["torch"]))
+gpu = record["machine"]["gpu"]
+print("\n%s, driver %s, torch %s" % (gpu["name"], gpu["driver"], record["versions"]["torch"]))
 for row in record["parts"]:
     print("%-12s %-24s %4d s" % (row["part"], row["result"], row["seconds"]))
 ' "$out/device-pass.json"

@@ -37,8 +37,22 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
             "l2_cache_mib": round(properties.L2_cache_size / 2**20, 1),
+            "driver": driver_version(),
         }
     return machine
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver; None where nvidia-smi does not tell."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = answer.stdout.split()
+    return lines[0] if lines else None
 
 
 def short_name(machine: dict[str, Any]) -> str:
@@ -86,12 +100,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checked-out commit, `-dirty` if tracked files were changed; None outside a git checkout."""
+    """The checked-out commit, `-dirty` if tracked files were changed; outside a git checkout CLARA_COMMIT, or None."""
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("CLARA_COMMIT")
     return head.stdout.strip()
