@@ -26,8 +26,7 @@ from harness.contenders import BASELINE, CONTENDERS, Unavailable
 from harness.models import small_tensors
 from harness.report import (
     NOTHING_MEASURED,
-    add_common_options,
-    checked_choices,
+    benchmark_parser,
     console,
     duration,
     table,
@@ -93,18 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_options(parser)
+    parser = benchmark_parser(__doc__, DEFAULT_OPTIMIZERS, seconds=5.0, seconds_per="number of tensors")
     parser.add_argument("--tensors", nargs="+", type=int, default=list(DEFAULT_TENSORS), metavar="COUNT")
-    parser.add_argument(
-        "--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(DEFAULT_OPTIMIZERS),
-        metavar="NAME", help=f"of {', '.join(CONTENDERS)}",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=5.0, help="per number of tensors; default: %(default)g")
-    parser.add_argument("--no-plots", action="store_true")
     return parser
 
 

@@ -29,7 +29,7 @@ from harness.contenders import BASELINE, CONTENDERS, Contender, Unavailable
 from harness.environment import REPOSITORY
 from harness.report import (
     NOTHING_MEASURED,
-    add_common_options,
+    benchmark_parser,
     checked_choices,
     console,
     duration,
@@ -153,21 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_options(parser)
+    parser = benchmark_parser(__doc__, DEFAULT_OPTIMIZERS, seconds=12.0, seconds_per="size")
     parser.add_argument(
         "--sizes", nargs="+", type=checked_choices("size", SIZES), metavar="NAME",
         help=f"of {', '.join(SIZES)}; default: those that suit the device",
     )  # fmt: skip
-    parser.add_argument(
-        "--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(DEFAULT_OPTIMIZERS),
-        metavar="NAME", help=f"of {', '.join(CONTENDERS)}",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=12.0, help="to measure per size; default: %(default)g")
-    parser.add_argument("--no-plots", action="store_true")
     return parser
 
 

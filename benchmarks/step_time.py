@@ -30,7 +30,7 @@ from harness.memory import peak_extra_bytes
 from harness.models import DEFAULT_MODELS, MODELS, ModelShapes
 from harness.report import (
     NOTHING_MEASURED,
-    add_common_options,
+    benchmark_parser,
     bytes_text,
     checked_choices,
     console,
@@ -96,24 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_options(parser)
+    parser = benchmark_parser(__doc__, DEFAULT_CONTENDERS, seconds=15.0, seconds_per="model and dtype")
     add = parser.add_argument
     add("--models", nargs="+", type=checked_choices("model", MODELS), metavar="NAME",
         help=f"of {', '.join(MODELS)}; default: those that suit the device")  # fmt: skip
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE",
         help=f"of the parameters: {', '.join(DTYPES)}; default: float32 bfloat16")  # fmt: skip
-    add("--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(DEFAULT_CONTENDERS),
-        metavar="NAME", help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
-    add("--seconds", type=float, default=15.0, help="to measure per model and dtype; default: %(default)g")
     add("--rounds", type=int, default=200, help="at most; default: %(default)s")
     add("--graph", action="store_true", help="replay every step from a CUDA graph")
     add("--cache", choices=["flushed", "kept"],
         help="overwrite the cache before each step, or not; default: flushed on CUDA, kept on the CPU")  # fmt: skip
-    add("--no-plots", action="store_true")
     return parser
 
 

@@ -250,7 +250,9 @@ def test_cpu_overhead_runs_end_to_end(tmp_path):
     assert status == 0
     document = read(tmp_path / "cpu_overhead-cpu.json")
     assert {row["tensors"] for row in document["results"]} == {2, 20}
-    assert all(cost["seconds_per_tensor"] > 0 for cost in document["costs"])
+    # Whether the fitted cost is positive is up to the machine's other work, its being there is not.
+    assert [cost["optimizer"] for cost in document["costs"]] == ["adam-fused", "adam-loop", "global@pytorch"]
+    assert all(math.isfinite(cost["seconds_per_tensor"]) for cost in document["costs"])
     assert (tmp_path / "cpu_overhead-cpu.png").exists()
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from harness.contenders import CONTENDERS
 from harness.environment import REPOSITORY, describe_environment
 
 DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -23,13 +24,30 @@ SCHEMA_VERSION = 1
 console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1 ...; default here: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="for JSON and plots; default: %(default)s"
+def benchmark_parser(
+    documentation: str | None, optimizers: Sequence[str], seconds: float, seconds_per: str
+) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; to be completed with a program's own.
+
+    Args:
+        documentation: the program's docstring.
+        optimizers: contenders measured by default.
+        seconds: measuring time by default, per `seconds_per`.
+    """
+    summary, _, details = (documentation or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch and the core; default: PyTorch's")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--device", default=device, help="cpu, cuda, cuda:1 ...; default here: %(default)s")
+    add("--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="for JSON and plots; default: %(default)s")
+    add("--threads", type=int, help="CPU threads of PyTorch and the core; default: PyTorch's")
+    add("--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(optimizers),
+        metavar="NAME", help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
+    add("--seconds", type=float, default=seconds, help=f"to measure per {seconds_per}; default: %(default)g")
+    add("--no-plots", action="store_true")
+    return parser
 
 
 def usable_device(args: argparse.Namespace) -> torch.device:
