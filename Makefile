@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 EXTRAS_demo := examples
-EXTRAS_test := examples,bench,frameworks,test,lint
+EXTRAS_test := examples,bench,study,frameworks,test,lint
 EXTRAS_lint := lint
 EXTRAS_bench := bench
 EXTRAS_figures := bench
