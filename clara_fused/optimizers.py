@@ -5,6 +5,8 @@ A step is measure -> adapt -> apply over batches of tensors; the back ends do th
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, overload
 
@@ -203,18 +205,20 @@ class AdamClara(Optimizer):
         Raises:
             ValueError, TypeError, RuntimeError: bad options, gradients or state, or ``fused=True`` cannot be served;
                 nothing has been changed then.
+            RuntimeError: another rank that shares parameters cannot take its step, or has other hyperparameters; the
+                moments may have taken up the gradients then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inputs = self._read_inputs()
-        batches = self._planned_batches(inputs)
-        planned = batches is not None
-        if batches is None:
-            self._plan = None
-            self._prepare_sums_over_ranks(inputs)
-            batches = self._batches(self._collect(inputs.options), inputs)
+        try:
+            inputs, batches, planned = self._begin_step()
+        except sharding.RanksDisagreeError:
+            raise
+        except Exception as error:
+            self._fail_on_other_ranks(error)
+            raise
         if self._whole_sums is not None and not self._whole_sums.idle:
             self._run_sharded(batches, inputs, self._whole_sums)
         else:
@@ -229,6 +233,28 @@ class AdamClara(Optimizer):
         if not planned:
             self._make_plan(batches, inputs)
         return loss
+
+    def _begin_step(self) -> tuple[StepInputs, Sequence[Batch], bool]:
+        """All checks, and what the step works on; whether that is still the plan of the step before."""
+        inputs = self._read_inputs()
+        batches = self._planned_batches(inputs)
+        if batches is not None:
+            return inputs, batches, True
+        self._plan = None
+        self._prepare_sums_over_ranks(inputs)
+        return inputs, self._batches(self._collect(inputs.options), inputs), False
+
+    def _fail_on_other_ranks(self, error: Exception) -> None:
+        """Make the ranks raise that share parameters with this one: they would wait for it in their sums."""
+        if not sharding.needs_sums(self.param_groups, self.process_group):
+            return
+        # What the others make of it is theirs to raise; this rank has its own error.
+        with contextlib.suppress(RuntimeError):
+            if self._whole_sums is not None and self._whole_sums.serves(self.param_groups, self.process_group):
+                self._whole_sums.send_failure()
+            else:
+                is_global = self.variant is Variant.GLOBAL
+                sharding.WholeTensorSums(self.param_groups, self.process_group, is_global, [f"error: {error}"])
 
     def _planned_batches(self, inputs: StepInputs) -> Sequence[Batch] | None:
         """The batches of the step before, ready for this one, if nothing but gradients has changed since."""
@@ -381,9 +407,11 @@ class AdamClara(Optimizer):
                 self.param_groups,
                 self.process_group,
                 self.variant is Variant.GLOBAL,
-                self._describe_hyperparameters(inputs.lrs),
+                self._describe_hyperparameters(inputs),
             )
-            if self.variant is not Variant.GLOBAL:
+            if self.variant is Variant.GLOBAL:
+                self._take_over_missing_shared_scale(self._whole_sums)
+            else:
                 self._take_over_missing_scales(self._whole_sums)
 
     def _take_over_missing_scales(self, whole_sums: sharding.WholeTensorSums) -> None:
@@ -401,24 +429,30 @@ class AdamClara(Optimizer):
             if location not in known and scale > 0.0:
                 self._stateless_scales[params[location]] = scale.clone()
 
-    def _describe_hyperparameters(self, lrs: Sequence[float | Tensor]) -> list[str]:
+    def _take_over_missing_shared_scale(self, whole_sums: sharding.WholeTensorSums) -> None:
+        """Learn from the other ranks the one scale of AdamClaraGlobal if this rank has no state that holds it."""
+        own = next(iter(self._shared_scales().values()), self._stateless_scales.get(None))
+        shared = whole_sums.largest_of_all(own)
+        if own is None and shared is not None:
+            self._stateless_scales[None] = shared
+
+    def _describe_hyperparameters(self, inputs: StepInputs) -> list[str]:
         """One line per group and option, made again only when a value changes."""
-        readable = [lr if not isinstance(lr, Tensor) else lr.item() if lr.device.type == "cpu" else None for lr in lrs]
-        seen = [values for values, _ in self._options_cache]
-        if self._hyperparameters[0] != (readable, seen):
-            names = option_names(self.variant)
+        lrs = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else None for lr in inputs.lrs]
+        seen = (lrs, list(inputs.options))
+        if self._hyperparameters[0] != seen:
             lines = [f"optimizer: {type(self).__name__}"]
-            for index, (lr, values) in enumerate(zip(readable, seen, strict=True)):
-                options = zip(("lr", *names), (lr, *values), strict=True)
-                lines += [f"param group {index}: {name} = {value!r}" for name, value in options]
-            self._hyperparameters = ((readable, seen), lines)
+            for index, (lr, options) in enumerate(zip(lrs, inputs.options, strict=True)):
+                values = {"lr": lr, **dataclasses.asdict(options)}
+                lines += [f"param group {index}: {name} = {value!r}" for name, value in values.items()]
+            self._hyperparameters = (seen, lines)
         return self._hyperparameters[1]
 
     def _run_sharded(
         self, batches: Sequence[Batch], inputs: StepInputs, whole_sums: sharding.WholeTensorSums
     ) -> None:
         """measure -> sum over ranks -> adapt -> apply; also on a rank with nothing to step, as the others wait."""
-        hyperparameters = self._describe_hyperparameters(inputs.lrs)
+        hyperparameters = self._describe_hyperparameters(inputs)
         if self.variant is Variant.GLOBAL:
             sharded = batches
             sums = [batch.measure() for batch in sharded]

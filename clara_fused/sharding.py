@@ -6,9 +6,10 @@ its shards' over the ranks that hold them. `WholeTensorSums` adds them up with o
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 ParamGroups = Sequence[Mapping[str, Any]]
+
+
+class RanksDisagreeError(RuntimeError):
+    """Ranks differ in parameters or hyperparameters, or a step failed on one of them; raised on all of them."""
+
 
 def local_work(group_index: int, param_index: int, param: Tensor, grad: Tensor, state: dict[str, Any]) -> TensorWork:
     """What the back ends get to see of a parameter: of a DTensor, this rank's shard and its state's shards.
@@ -153,59 +159,74 @@ class _Collective:
 
     group: Any
     ranks: tuple[int, ...]
+    mesh: Any  # DeviceMesh whose dimensions the group consists of; None for the user's `process_group`
     members: tuple[_Placed, ...]
+
+    @property
+    def groups_to_agree(self) -> list[Any]:
+        """Process groups that together hold all ranks that must agree: copies of a shard are trained alike as well."""
+        if self.mesh is None:
+            return [self.group]
+        if self.mesh.get_coordinate() is None:
+            return []
+        return [self.mesh.get_group(dim) for dim in range(self.mesh.ndim) if self.mesh.size(dim) > 1]
 
     def weight(self, member: _Placed) -> float:
         return len(member.holders) / len(self.ranks)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the numbers have to be to be sent: where the tensors are, unless the group cannot send from there."""
-        sendable = [device.type for device in getattr(self.group, "_device_types", [])]
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if self.members:
-            device = self.members[0].param.device
-        else:
-            # A rank without parameters can only guess where the others have theirs.
-            device = accelerator or torch.device("cpu")
-        if sendable and device.type not in sendable:
-            return accelerator if accelerator is not None and accelerator.type in sendable else torch.device("cpu")
-        return device
+        """Where the numbers have to be to be sent."""
+        return _sending_device(self.group, self.members)
+
+
+def _sending_device(group: Any, members: Sequence[_Placed]) -> torch.device:
+    """Where the tensors are, unless the group cannot send from there."""
+    sendable = [device.type for device in getattr(group, "_device_types", [])]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if members:
+        device = members[0].param.device
+    else:
+        # A rank without parameters can only guess where the others have theirs.
+        device = accelerator or torch.device("cpu")
+    if sendable and device.type not in sendable:
+        return accelerator if accelerator is not None and accelerator.type in sendable else torch.device("cpu")
+    return device
 
 
 def _collectives_per_mesh(placed: Sequence[_Placed], process_group: ProcessGroup | None) -> list[_Collective]:
-    """One collective per mesh that shards a tensor, and one for `process_group`."""
+    """One collective per mesh, over the ranks that differ in a shard, and one for `process_group`.
+
+    In the same order on all ranks: meshes as the parameters come, of which `process_group` may give each rank others,
+    and `process_group`, also on a rank that has no parameters for it, as the others wait.
+    """
     by_mesh: dict[Any, list[_Placed]] = {}
     for member in placed:
         by_mesh.setdefault(member.mesh, []).append(member)
+    plain = by_mesh.pop(None, [])
     collectives = []
     for mesh, members in by_mesh.items():
-        if mesh is None:
-            if process_group is not None:
-                collectives.append(_Collective(process_group, members[0].holders, tuple(members)))
-            continue
         dims = frozenset[int]().union(*(member.sharded_dims for member in members))
         ranks = _ranks_along(mesh, dims)
+        group = None
         if len(ranks) > 1:
             group = mesh.get_group(next(iter(dims))) if len(dims) == 1 else _group_of(ranks)
-            collectives.append(_Collective(group, ranks, tuple(members)))
-    return [collective for collective in collectives if len(collective.ranks) > 1]
+        collectives.append(_Collective(group, ranks, mesh, tuple(members)))
+    if process_group is not None:
+        ranks = tuple(sorted(torch.distributed.get_process_group_ranks(process_group)))
+        collectives.append(_Collective(process_group, ranks, None, tuple(plain)))
+    return collectives
 
 
-def _collectives_of_total(placed: Sequence[_Placed], process_group: ProcessGroup | None) -> list[_Collective]:
+def _merged(collectives: Sequence[_Collective], placed: Sequence[_Placed]) -> list[_Collective]:
     """As few collectives as sum up everything: what lives inside the ranks of a larger one joins it.
 
     Tensors without a collective of their own join as well: the copies of a plain parameter may differ in their last
     bits from rank to rank, and one scale for all must not.
     """
-    collectives = _collectives_per_mesh(placed, process_group)
-    if not collectives and process_group is not None:
-        # A rank may have no parameters at all, and is waited for all the same.
-        ranks = tuple(sorted(torch.distributed.get_process_group_ranks(process_group)))
-        collectives = [_Collective(process_group, ranks, ())] if len(ranks) > 1 else []
-    collectives.sort(key=lambda collective: len(collective.ranks), reverse=True)
     kept: list[tuple[_Collective, list[_Placed]]] = []
-    for collective in collectives:
+    # Of equal ones `process_group` first: whether a rank has parameters for it must not decide on the order.
+    for collective in sorted(collectives, key=lambda each: (-len(each.ranks), each.mesh is not None)):
         for larger, members in kept:
             if set(collective.ranks) <= set(larger.ranks):
                 members.extend(collective.members)
@@ -215,7 +236,7 @@ def _collectives_of_total(placed: Sequence[_Placed], process_group: ProcessGroup
     if kept:
         covered = {member.location for _, members in kept for member in members}
         kept[0][1].extend(member for member in placed if member.location not in covered)
-    return [_Collective(collective.group, collective.ranks, tuple(members)) for collective, members in kept]
+    return [replace(collective, members=tuple(members)) for collective, members in kept]
 
 
 # --- sums over ranks -------------------------------------------------------------------------------------------------
@@ -241,6 +262,14 @@ class Absent(NamedTuple):
     group_index: int
     param_index: int
     sums: Tensor  # float64 [2]
+
+
+def _largest_over_ranks(collective: _Collective, values: Sequence[Tensor | None]) -> Tensor:
+    """Element by element the largest of the ranks' values, None counting as 0."""
+    zero = torch.zeros((), device=collective.device)
+    largest = torch.stack([zero if value is None else moved(value, collective.device) for value in values])
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=collective.group)
+    return largest
 
 
 class PendingSums:
@@ -275,7 +304,7 @@ class WholeTensorSums:
         total: all tensors are summed into one number per column (AdamClaraGlobal).
 
     Raises:
-        RuntimeError: the ranks disagree on parameters or hyperparameters.
+        RanksDisagreeError: the ranks disagree on parameters or hyperparameters.
     """
 
     def __init__(
@@ -289,12 +318,15 @@ class WholeTensorSums:
         ]
         self._process_group = process_group
         self._total = total
-        make = _collectives_of_total if total else _collectives_per_mesh
-        self._collectives = make(placed, process_group)
+        per_mesh = _collectives_per_mesh(placed, process_group)
+        collectives = _merged(per_mesh, placed) if total else per_mesh
+        meshes = [collective.mesh for collective in collectives]
+        for collective in [*collectives, *(each for each in per_mesh if each.mesh not in meshes)]:
+            self._compare_ranks(collective, hyperparameters)
+        # The total is complete without the tensors of this rank, a list of tensors is the same on all ranks.
+        self._collectives = [each for each in collectives if len(each.ranks) > 1 and (total or each.members)]
         self._routes: list[_Route | None] = [None] * len(self._collectives)
         self._disagreement = _DisagreementWatch()
-        for collective in self._collectives:
-            self._compare_ranks(collective, hyperparameters)
 
     def serves(self, param_groups: ParamGroups, process_group: ProcessGroup | None) -> bool:
         """Whether parameters, placements and group are still those this was made for."""
@@ -322,17 +354,19 @@ class WholeTensorSums:
         Returns:
             0-dim tensors, 0 where no rank has a value.
         """
-        import torch.distributed as dist
-
         found: dict[Location, Tensor] = {}
         for collective in self._collectives:
             keys = [member.location for member in collective.members]
-            zero = torch.zeros((), device=collective.device)
-            mine = [moved(values[key], collective.device) if key in values else zero for key in keys]
-            largest = torch.stack([*mine, zero])
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=collective.group)
-            found.update(zip(keys, largest.unbind(), strict=False))
+            largest = _largest_over_ranks(collective, [values.get(key) for key in keys])
+            found.update(zip(keys, largest.unbind(), strict=True))
         return found
+
+    def largest_of_all(self, value: Tensor | None) -> Tensor | None:
+        """As `largest_over_ranks`, for one value that all ranks of all collectives share; None: no rank has one."""
+        for collective in self._collectives:
+            (largest,) = _largest_over_ranks(collective, [value]).unbind()
+            value = largest if largest > 0.0 else None
+        return value
 
     # --- Local and Smoothed: one row per parameter ---
 
@@ -382,6 +416,15 @@ class WholeTensorSums:
             totals.append(moved(self.checked(collective, buffer), own_sums.device))
         return torch.stack(totals).sum(0)
 
+    # --- a step that cannot be taken ---
+
+    def send_failure(self) -> None:
+        """Make the ranks that wait for this one's part in the step's sums raise; waits for them."""
+        for collective in self._collectives:
+            numbers = 2 if self._total else 2 * len(collective.members)
+            buffer = torch.full((_CHECKSUM_BITS + numbers,), math.nan, dtype=torch.float64, device=collective.device)
+            torch.distributed.all_reduce(buffer, group=collective.group)
+
     # --- details ---
 
     def _route(self, index: int, locations: Sequence[Location]) -> _Route:
@@ -423,35 +466,40 @@ class WholeTensorSums:
 
         mine = [*hyperparameters, *self._describe_members(collective)]
         checksum = float(_checksum(mine))
-        extremes = torch.tensor([checksum, -checksum], dtype=torch.float64, device=collective.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=collective.group)
+        groups = collective.groups_to_agree
+        extremes = torch.tensor([checksum, -checksum], dtype=torch.float64)
+        for group in groups:
+            extremes = extremes.to(_sending_device(group, collective.members))
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         largest, negative_smallest = extremes.tolist()
         if largest == -negative_smallest:
             return
-        everyone: list[list[str] | None] = [None] * len(collective.ranks)
-        dist.all_gather_object(everyone, mine, group=collective.group)
-        raise RuntimeError(_first_difference([entry or [] for entry in everyone]))
+        lines_by_rank = {dist.get_rank(): mine}
+        for group in groups:
+            gathered: list[dict[int, list[str]]] = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, lines_by_rank, group=group)
+            lines_by_rank = {rank: lines for part in gathered for rank, lines in part.items()}
+        raise RanksDisagreeError(_first_difference(lines_by_rank))
 
     def _describe_members(self, collective: _Collective) -> list[str]:
-        # The total needs no common order, and under process_group each rank may have other parameters.
+        # Under process_group each rank may have other parameters in a total, and so the common ones in other places.
         compared = [m for m in collective.members if not (self._total and m.mesh is None and self._process_group)]
-        lines = [f"{_COUNT_LINE}{len(compared)}"]
+        lines = []
         for member in compared:
+            place = f"param group {member.location.group_index}, parameter {member.location.param_index}: "
             # Shards without a mesh differ in shape from rank to rank.
             shape = "" if member.mesh is None else f"shape {tuple(member.param.shape)}, "
-            lines.append(
-                f"param group {member.location.group_index}, parameter {member.location.param_index}: "
-                f"{shape}dtype {member.param.dtype}"
-            )
-        return lines
+            lines.append(f"{'parameter of ' if self._total else place}{shape}dtype {member.param.dtype}")
+        return [f"{_COUNT_LINE}{len(compared)}", *lines]
 
 
 class _DisagreementWatch:
     """Finds ranks whose hyperparameters have come to differ, from the sum of their checksums' bits.
 
-    All ranks agree if and only if every bit is set on all of them or on none, and all ranks see the same sum. On the
-    CPU the error is raised in the very step; on a device the finding is copied to the host in the background and
-    raised at a later step, because a step never waits for the device.
+    All ranks agree if and only if every bit is set on all of them or on none, and all ranks see the same sum: NaN, if
+    one of them cannot take its step (`send_failure`). On the CPU the error is raised in the very step; on a device the
+    finding is copied to the host in the background and raised at a later step, because a step never waits for the
+    device.
     """
 
     def __init__(self) -> None:
@@ -476,7 +524,7 @@ class _DisagreementWatch:
         disagreement = ((summed_bits != 0.0) & (summed_bits != ranks)).any()
         if disagreement.device.type != "cuda":
             if disagreement:
-                raise RuntimeError(self._message())
+                raise RanksDisagreeError(self._message())
             return
         self._found = disagreement if self._found is None else self._found.logical_or_(disagreement)
         if self._on_its_way is None and not torch.cuda.is_current_stream_capturing():
@@ -493,12 +541,13 @@ class _DisagreementWatch:
         if arrived.query():  # type: ignore[no-untyped-call]
             self._on_its_way = None
             if host_copy:
-                raise RuntimeError(self._message())
+                raise RanksDisagreeError(self._message())
 
     def _message(self) -> str:
         return (
             "the ranks have come to disagree on hyperparameters (param group options must be equal on all ranks at "
-            f"every step); this rank has: {'; '.join(self._lines)}"
+            f"every step), or the step of a rank has failed with an error of its own; this rank has: "
+            f"{'; '.join(self._lines)}"
         )
 
 
@@ -506,26 +555,21 @@ def _checksum(lines: Sequence[str]) -> int:
     return zlib.crc32("\n".join(lines).encode())
 
 
-def _first_difference(everyone: Sequence[Sequence[str]]) -> str:
-    """Name the first entry in which a rank differs from the first one."""
-    first = everyone[0]
-    for rank, lines in enumerate(everyone):
-        if list(lines) == list(first):
-            continue
-        pairs = zip_longest(first, lines, fillvalue="nothing")
-        expected, got = next(pair for pair in pairs if pair[0] != pair[1])
-        hint = ""
-        if expected.startswith(_COUNT_LINE):
-            hint = (
-                ". AdamClaraLocal and AdamClaraSmoothed sum tensor by tensor over process_group, so each rank must "
-                "hold a shard of every parameter; leave process_group out where ranks hold whole parameters of their "
-                "own (ZeroRedundancyOptimizer)"
-            )
-        return (
-            f"the ranks of the process group disagree: rank 0 of the group has {expected!r}, "
-            f"rank {rank} has {got!r}{hint}"
+def _first_difference(lines_by_rank: Mapping[int, Sequence[str]]) -> str:
+    """Name the first entry in which a rank differs from the lowest one."""
+    first_rank = min(lines_by_rank)
+    first = lines_by_rank[first_rank]
+    rank = min(rank for rank, lines in lines_by_rank.items() if list(lines) != list(first))
+    pairs = zip_longest(first, lines_by_rank[rank], fillvalue="nothing")
+    expected, got = next(pair for pair in pairs if pair[0] != pair[1])
+    hint = ""
+    if expected.startswith(_COUNT_LINE):
+        hint = (
+            ". AdamClaraLocal and AdamClaraSmoothed sum tensor by tensor over process_group, so each rank must "
+            "hold a shard of every parameter; leave process_group out where ranks hold whole parameters of their "
+            "own (ZeroRedundancyOptimizer)"
         )
-    return "the ranks of the process group disagree"
+    return f"the ranks disagree: rank {first_rank} has {expected!r}, rank {rank} has {got!r}{hint}"
 
 
 def _concatenated(sums: Sequence[Tensor], device: torch.device) -> Tensor:

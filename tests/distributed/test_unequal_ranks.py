@@ -70,6 +70,78 @@ def test_rank_without_parameters_takes_part(world2: World) -> None:
     assert first == second != [1.0, 1.0, 1.0]
 
 
+def scale_of_a_rank_without_state() -> list[list[float]]:
+    """FSDP1 with shards so small that rank 1 has nothing: what it knows of the one scale is lost with a checkpoint."""
+    param = nn.Parameter(torch.ones(3 if dist.get_rank() == 0 else 0, dtype=torch.float64))
+
+    def make() -> Any:
+        # Without decay the path does not depend on where the parameter is.
+        options = {**LIVELY, "weight_decay": 0.0}
+        return clara_fused.AdamClaraGlobal([param], **options, process_group=dist.group.WORLD)
+
+    def step(optimizer: Any, number: int) -> None:
+        if dist.get_rank() == 0:
+            param.grad = torch.randn(3, generator=torch.Generator().manual_seed(number), dtype=torch.float64) + 1.0
+        optimizer.step()
+
+    first = make()
+    for number in range(4):
+        step(first, number)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    step(first, 4)
+    step(second, 4)
+    return [optimizer.lr_scales()[0].tolist() for optimizer in (first, second)]
+
+
+def test_rank_without_state_learns_the_one_scale_after_loading(world2: World) -> None:
+    scales = [scale for rank_scales in world2.run(scale_of_a_rank_without_state) for scale in rank_scales]
+    assert scales[0] != [1.0]
+    assert scales == [scales[0]] * 4
+
+
+def group_that_only_one_rank_needs() -> list[float]:
+    """DTensors on both ranks, and under `process_group` a plain parameter on rank 1 alone, first in its list."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, dtype=torch.float64), mesh, [Shard(0)]))
+    plain = [nn.Parameter(torch.ones(2, dtype=torch.float64))] if dist.get_rank() == 1 else []
+    wholes = [nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in (2, 4)]
+    optimizer = clara_fused.AdamClaraGlobal([*plain, param], **LIVELY, process_group=dist.group.WORLD)
+    alone = clara_fused.AdamClaraGlobal(wholes, **LIVELY)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for whole in wholes:
+            whole.grad = torch.randn(len(whole), generator=generator, dtype=torch.float64) + 1.0
+        for each in plain:
+            each.grad = wholes[0].grad
+        param.grad = distribute_tensor(wholes[1].grad, mesh, [Shard(0)], src_data_rank=None)
+        optimizer.step()
+        alone.step()
+    scale = optimizer.lr_scales()[0][-1].item()
+    assert scale == pytest.approx(alone.lr_scales()[0][0].item(), rel=2e-7)
+    return [scale]
+
+
+def test_rank_without_plain_parameters_takes_part_in_the_groups_sum(world2: World) -> None:
+    first, second = world2.run(group_that_only_one_rank_needs)
+    assert first == second != [1.0]
+
+
+def shard_that_one_rank_lacks() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    plain = [nn.Parameter(torch.ones(2))] if dist.get_rank() == 1 else []
+    optimizer = clara_fused.AdamClaraLocal([param, *plain], process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_rank_without_plain_parameters_is_told_where_each_must_have_a_shard(world2: World) -> None:
+    for message in world2.run(shard_that_one_rank_lacks):
+        assert "rank 0 has 'number of sharded parameters: 0', rank 1 has 'number of sharded parameters: 1'" in message
+
+
 # --- disagreement ----------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +179,122 @@ def test_hyperparameters_that_part_later(world2: World, variant: str, change: di
     for step, message in world2.run(message_of_disagreement, "fsdp2-2", variant, {}, change):
         assert step == 2
         assert "disagree on hyperparameters" in message
+
+
+def replicas_that_differ(mesh_shape: tuple[int, ...], placements: list[Any], variant: str) -> str:
+    """The second half of the ranks, which holds the same shards as the first, has another damping."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, placements))
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh, placements)
+    in_second_half = dist.get_rank() >= dist.get_world_size() // 2
+    optimizer = VARIANTS[variant]([param], **{**LIVELY, "damping": 0.9 if in_second_half else 0.7})
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert not optimizer.state
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("variant", ["Global", "Local"])
+def test_copies_of_a_shard_must_agree_as_well(worlds, variant: str) -> None:
+    for size, *mesh_and_placements in ((4, (2, 2), [Replicate(), Shard(0)]), (2, (2,), [Replicate()])):
+        for message in worlds[size].run(replicas_that_differ, *mesh_and_placements, variant):
+            assert f"rank 0 has 'param group 0: damping = 0.7', rank {size // 2} has" in message
+
+
+def hyperparameters_written_differently() -> list[float]:
+    """As a rank may have them that read them from a file: lists, integers, numbers of numpy."""
+    numpy = pytest.importorskip("numpy")
+    options = {"betas": (0.75, 0.5), "lr": 1.0, "weight_decay": 0.0, "clip": (0.5, 2.0), "damping": 0.5}
+    if dist.get_rank() == 1:
+        options |= {"betas": [numpy.float64(0.75), 0.5], "lr": 1, "weight_decay": 0, "clip": [0.5, 2]}
+    param = nn.Parameter(torch.ones(4))
+    optimizer = clara_fused.AdamClaraLocal([param], **options, process_group=dist.group.WORLD)
+    for _ in range(2):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    return optimizer.lr_scales()[0].tolist()
+
+
+def test_equal_numbers_agree_however_they_are_written(world2: World) -> None:
+    first, second = world2.run(hyperparameters_written_differently)
+    assert first == second != [1.0]
+
+
+def _bad_option(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["smoothing"] = 7.0
+
+
+def _groups_that_differ(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[1]["damping"] = 0.9
+
+
+def _bad_gradient(optimizer: torch.optim.Optimizer) -> None:
+    param = optimizer.param_groups[1]["params"][0]
+    # With another shape no gradient can be assigned, so it is the parameter that has changed.
+    param.data = torch.ones(9)
+
+
+def step_that_fails_on_one_rank(variant: str, at_step: int, spoil: Any) -> tuple[str, str]:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = VARIANTS[variant]([{"params": [p]} for p in params], **LIVELY, process_group=dist.group.WORLD)
+    for step in range(at_step + 1):
+        for param in params:
+            param.grad = torch.ones(4) + step
+        if step == at_step and dist.get_rank() == 1:
+            spoil(optimizer)
+        try:
+            optimizer.step()
+        except Exception as error:
+            assert step == at_step, error
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize(
+    ("variant", "spoil", "error"),
+    [
+        ("Local", _bad_option, "Invalid smoothing value: 7.0"),
+        ("Global", _bad_option, "Invalid smoothing value: 7.0"),
+        ("Global", _groups_that_differ, "damping must be equal in all groups"),
+        ("Smoothed", _bad_gradient, "gradient has shape (4,), expected (9,)"),
+    ],
+)
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_step_that_fails_on_one_rank_fails_on_all(
+    world2: World, variant: str, at_step: int, spoil: Any, error: str
+) -> None:
+    (kind, message), (own_kind, own_message) = world2.run(step_that_fails_on_one_rank, variant, at_step, spoil)
+    assert own_kind == "ValueError"
+    assert error in own_message
+    assert kind == "RanksDisagreeError"
+    if at_step == 0 and spoil is not _bad_gradient:
+        assert "rank 1 has 'error: " in message
+        assert error in message
+    else:
+        assert "the step of a rank has failed" in message
+
+
+def step_that_fails_on_all_ranks(at_step: int) -> str:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = clara_fused.AdamClaraLocal([param], **LIVELY, process_group=dist.group.WORLD)
+    for _ in range(at_step):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["smoothing"] = 7.0 + dist.get_rank()
+    with pytest.raises(ValueError) as caught:
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.param_groups[0]["smoothing"] = 0.3
+    optimizer.step()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_step_that_fails_on_all_ranks_has_its_own_error_and_can_be_repeated(world2: World, at_step: int) -> None:
+    first, second = world2.run(step_that_fails_on_all_ranks, at_step)
+    assert "smoothing value: 7.0" in first
+    assert "smoothing value: 8.0" in second
 
 
 def tensor_lr_that_differs() -> str:
