@@ -9,7 +9,6 @@ import copy
 import csv
 import functools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +237,7 @@ def test_accelerate_fsdp2_plugin(world2: World, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def lightning(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The package; not the example of that name, whose folder the tests have in their path."""
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).name != "examples"])
-    if not hasattr(sys.modules.get("lightning"), "__path__"):
-        sys.modules.pop("lightning", None)
+def lightning() -> Any:
     return pytest.importorskip("lightning")
 
 

@@ -64,10 +64,13 @@ def test_hf_trainer_example(tmp_path: Path) -> None:
 
 
 def test_lightning_example(tmp_path: Path) -> None:
-    pytest.importorskip("torchmetrics")  # comes with lightning, whose name the example bears, too
-    pytest.importorskip("tensorboard")
-    assert "loss" in run(str(EXAMPLES / "lightning.py"), "--folder", str(tmp_path), "--steps", "10")
+    for framework in ("lightning", "tensorboard"):
+        pytest.importorskip(framework)
+    program = (str(EXAMPLES / "lightning_trainer.py"), "--folder", str(tmp_path))
+    assert "loss" in run(*program, "--steps", "10")
     assert list(tmp_path.glob("**/events*"))
+    (checkpoint,) = tmp_path.glob("**/*.ckpt")
+    assert "Restored all states" in run(*program, "--steps", "12", "--resume", str(checkpoint))
 
 
 def test_self_test_agrees() -> None:

@@ -1,19 +1,15 @@
 """Lightning with AdamClara: a tiny GPT on Python's documentation strings, logged to TensorBoard with histograms.
 
     pip install lightning tensorboard
-    python examples/lightning.py --steps 60
+    python examples/lightning_trainer.py --steps 60
     tensorboard --logdir runs/lightning
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
-
-# This file is called like the package it shows; its own folder must not come first.
-sys.path.append(sys.path.pop(0))
-
-import argparse
 
 import lightning
 import torch
