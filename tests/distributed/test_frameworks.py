@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ranks import World
 from sharded_models import LAYOUTS, LIVELY, VARIANTS, data, full_parameters, make_model, on_all_ranks
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import clara_fused
 
@@ -140,35 +141,79 @@ def test_accelerate_is_the_plain_run() -> None:
     assert_equal_tensors(models[0].parameters(), models[1].parameters())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("fused_amp", [False, True])
-def test_accelerate_mixed_precision(precision: str, fused_amp: bool) -> None:
-    if precision == "fp16":
-        # accelerate itself refuses fp16 on the CPU; this is what it would do on a GPU.
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=2)
-        accelerator = None
-    else:
-        scaler, accelerator = None, accelerator_of(mixed_precision="bf16")
-    model = make_model(torch.float32)
-    optimizer: Any = clara_fused.AdamClaraGlobal(model.parameters(), lr=0.02)
-    optimizer.enable_fused_amp(fused_amp)
-    if accelerator is not None:
-        model, optimizer = accelerator.prepare(model, optimizer)
+def test_accelerate_in_bfloat16() -> None:
+    accelerator = accelerator_of(mixed_precision="bf16")
+    module = make_model(torch.float32)
+    model, optimizer = accelerator.prepare(module, clara_fused.AdamClaraGlobal(module.parameters(), lr=0.02))
     losses = []
     for step in range(20):
         x, y = data(step, torch.float32)
-        with torch.autocast("cpu", torch.float16 if scaler else torch.bfloat16):
+        with accelerator.autocast():
             loss = nn.functional.mse_loss(model(x).float(), y)
         losses.append(loss.item())
         optimizer.zero_grad()
-        if scaler is None:
-            accelerator.backward(loss)
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        accelerator.backward(loss)
+        optimizer.step()
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+FIRST_LOSS_SCALE = 2.0**18  # overflows float16 in the first steps, whose updates must not happen
+
+
+def accelerator_in_float16() -> Any:
+    """accelerate itself refuses fp16 on the CPU; with a scaler for the CPU it does all that it does on a GPU."""
+    accelerator = accelerator_of()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_LOSS_SCALE, growth_interval=1000)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    return accelerator
+
+
+@pytest.mark.parametrize("fused_amp", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accelerate_in_float16(variant: str, fused_amp: bool) -> None:
+    accelerator = accelerator_in_float16()
+    scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_LOSS_SCALE, growth_interval=1000)
+    modules = [make_model(torch.float32) for _ in range(2)]
+    inner, plain = (VARIANTS[variant](module.parameters(), **LIVELY) for module in modules)
+    inner.enable_fused_amp(fused_amp)
+
+    def decay(step: int) -> float:
+        return 1.0 / (1.0 + step)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, decay)
+    model, prepared, schedule = accelerator.prepare(modules[0], inner, schedule)
+    skipped = []
+    for step in range(12):
+        x, y = data(step, torch.float32)
+        prepared.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            accelerator.backward(nn.functional.mse_loss(model(x).float(), y))
+        if not fused_amp:
+            # Unscales the gradients, which the optimizer must not do once more.
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        prepared.step()
+        schedule.step()
+        skipped.append(prepared.step_was_skipped)
+
+        plain.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            scaler.scale(nn.functional.mse_loss(modules[1](x).float(), y)).backward()
+        scaler.unscale_(plain)
+        if not fused_amp:
+            nn.utils.clip_grad_norm_(modules[1].parameters(), 0.5)
+        before = modules[1].gain.item()
+        scaler.step(plain)
+        scaler.update()
+        # Without accelerate's sight of the skipped steps (`enable_fused_amp`) the schedule goes on over them.
+        if fused_amp or modules[1].gain.item() != before:
+            plain.param_groups[0]["lr"] = LIVELY["lr"] * decay(step + 1 - sum(skipped))
+    overflows = 12 - int(plain.state[modules[1].gain]["step"])
+    assert 0 < overflows < 12
+    assert sum(skipped) == (0 if fused_amp else overflows)
+    assert_equal_tensors(modules[0].parameters(), modules[1].parameters())
+    assert_equal_tensors(inner.lr_scales(), plain.lr_scales())
+    assert inner.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
 def accelerate_fsdp2(checkpoint: str) -> tuple[float, bool]:
@@ -242,7 +287,7 @@ def lightning() -> Any:
 
 
 def lightning_trainer(
-    lightning: Any, folder: Path, variant: str, max_steps: int, **arguments: Any
+    lightning: Any, folder: Path, variant: str, max_steps: int, fused_amp: bool = False, **arguments: Any
 ) -> tuple[Any, Any, Any]:
     from lightning.pytorch.loggers import CSVLogger
 
@@ -258,6 +303,7 @@ def lightning_trainer(
 
         def configure_optimizers(self) -> Any:
             optimizer = VARIANTS[variant](self.parameters(), **LIVELY)
+            optimizer.enable_fused_amp(fused_amp)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.1 * step))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -268,14 +314,13 @@ def lightning_trainer(
         accelerator="cpu",
         devices=1,
         log_every_n_steps=2,
-        gradient_clip_val=0.5,
         logger=CSVLogger(str(folder)),
         callbacks=[AdamClaraCallback()],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=str(folder),
-        **arguments,
+        **{"gradient_clip_val": 0.5, **arguments},
     )
     return trainer, Module(), torch.utils.data.DataLoader(rows, batch_size=4)
 
@@ -309,6 +354,29 @@ def test_lightning_precision_plugins(lightning: Any, tmp_path: Path, precision: 
     assert {entry["exp_avg"].dtype for entry in optimizer.state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("fused_amp", [False, True])
+def test_lightning_in_float16(lightning: Any, tmp_path: Path, fused_amp: bool) -> None:
+    """Its plugin with a scaler for the CPU; clipping unscales first, and is refused where the optimizer unscales."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_LOSS_SCALE, growth_interval=1000)
+    trainer, module, loader = lightning_trainer(
+        lightning,
+        tmp_path,
+        "Smoothed",
+        10,
+        gradient_clip_val=None if fused_amp else 0.5,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        fused_amp=fused_amp,
+    )
+    trainer.fit(module, loader)
+    (optimizer,) = trainer.optimizers
+    steps = {int(entry["step"]) for entry in optimizer.state.values()}
+    overflows = round(torch.log2(torch.tensor(FIRST_LOSS_SCALE / scaler.get_scale())).item())
+    assert overflows > 0
+    assert steps == {10 - overflows}
+
+
 # --- torch itself ----------------------------------------------------------------------------------------------------
 
 
@@ -328,19 +396,39 @@ def test_averaged_model() -> None:
     torch.testing.assert_close([p.detach() for p in average.module.parameters()], expected)
 
 
-def clipped(layout: str) -> float:
-    """clip_grad_norm_ with DTensors, and an average of DTensors."""
+def average_of_dtensors() -> float:
+    """An AveragedModel of a model with DTensors and plain parameters."""
     make = functools.partial(clara_fused.AdamClaraSmoothed, **LIVELY)
-    sharded = LAYOUTS[layout][1](make_model(), make)
+    sharded = LAYOUTS["tp-2"][1](make_model(), make)
     alone = make_model()
     optimizer = make(alone.parameters())
-    average = torch.optim.swa_utils.AveragedModel(sharded.model) if layout == "tp-2" else None
+    averages = [torch.optim.swa_utils.AveragedModel(model) for model in (sharded.model, alone)]
+    for step in range(6):
+        sharded.step(step)
+        optimizer.zero_grad()
+        x, y = data(step)
+        nn.functional.mse_loss(alone(x), y).backward()
+        optimizer.step()
+        for average, model in zip(averages, (sharded.model, alone), strict=True):
+            average.update_parameters(model)
+    assert any(isinstance(p, DTensor) for p in averages[0].parameters())
+    pairs = zip(*(average.module.parameters() for average in averages), strict=True)
+    return max((p.full_tensor() if isinstance(p, DTensor) else p).sub(q).abs().max().item() for p, q in pairs)
+
+
+def test_averaged_model_of_dtensors(world2: World) -> None:
+    assert max(world2.run(average_of_dtensors)) < 5e-8
+
+
+def clipped() -> float:
+    make = functools.partial(clara_fused.AdamClaraSmoothed, **LIVELY)
+    sharded = LAYOUTS["fsdp2-2"][1](make_model(), make)
+    alone = make_model()
+    optimizer = make(alone.parameters())
     for step in range(6):
         sharded.backward(step)
         nn.utils.clip_grad_norm_(sharded.model.parameters(), 0.1)
         sharded.optimizer.step()
-        if average is not None:
-            average.update_parameters(sharded.model)
         optimizer.zero_grad()
         x, y = data(step)
         nn.functional.mse_loss(alone(x), y).backward()
@@ -350,6 +438,5 @@ def clipped(layout: str) -> float:
     return max((params[name] - p).abs().max().item() for name, p in alone.named_parameters())
 
 
-@pytest.mark.parametrize("layout", ["fsdp2-2"])
-def test_gradient_clipping_with_dtensors(world2: World, layout: str) -> None:
-    assert max(world2.run(clipped, layout)) < 5e-8
+def test_gradient_clipping_with_dtensors(world2: World) -> None:
+    assert max(world2.run(clipped)) < 5e-8
