@@ -124,6 +124,11 @@ def _warn_without_core() -> None:
         warnings.warn(f"clara_fused runs on PyTorch operations, which is slower: {problem}", stacklevel=2)
 
 
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
 def _core_module() -> Any:
     return _load()[0]
 
@@ -210,6 +215,8 @@ class CoreBatch:
         self.adapts_alone = False
         self._staged: list[_Staging] = []
         self._sums: Tensor | None = None
+        # Whether a CUDA graph has captured a launch. Its replays go on using this batch's memory.
+        self.captured = False
         self._keep: tuple[Tensor | None, ...] = ()
         for work in works:
             self._add(work, options[work.group_index].amsgrad)
@@ -271,8 +278,12 @@ class CoreBatch:
     def _launch(self) -> tuple[int, int]:
         """Number of threads, and CUDA stream, that the next operation is to use."""
         if self._memory is not None:
-            self._groups.uploads.reach_current_stream()
-            self._memory.uploads.reach_current_stream()
+            if torch.cuda.is_current_stream_capturing():
+                # torch.cuda.graph has waited for the device, so all that was sent has arrived.
+                self.captured = True
+            else:
+                self._groups.uploads.reach_current_stream()
+                self._memory.uploads.reach_current_stream()
             return 0, torch._C._cuda_getCurrentRawStream(self._device.index)
         return torch.get_num_threads(), 0
 
@@ -285,6 +296,8 @@ class CoreBatch:
         """See `batches.Batch.measure`."""
         if self._sums is None:
             self._sums = torch.zeros(len(self._bucket), 2, dtype=torch.float64, device=self._device)
+            if self._memory is not None:
+                self._memory.uploads.keep(self._sums)
         self._bucket.measure(self._sums.data_ptr(), *self._launch())
         if self._deferred:
             self._write_back()
@@ -323,12 +336,16 @@ class _Uploads:
         self._stream = torch.cuda.current_stream(self._device)
         target[: len(pinned)].copy_(pinned, non_blocking=True)
         self._event = self._stream.record_event()
-        self._alive += [pinned, target]
+        self.keep(pinned)
+        self.keep(target)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keep a tensor alive, and its memory from being reused while another stream may still read it."""
+        self._alive.append(tensor)
 
     def reach_current_stream(self) -> None:
         """Make the current stream wait for what was sent on another one."""
-        if self._event is None or torch.cuda.is_current_stream_capturing():
-            # Before a capture torch.cuda.graph waits for the device.
+        if self._event is None:
             return
         current = torch.cuda.current_stream(self._device)
         if current != self._stream:
@@ -484,6 +501,11 @@ class Plan:
             batch.prepare(inputs)
         return True
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph has captured a step of these batches."""
+        return any(batch.captured for batch in self.batches)
+
     def params_with_grad(self, param_groups: list[dict[str, Any]]) -> list[Tensor]:
         """The parameters that take part in the step, right after `prepare` has said yes."""
         return self._watch.params_with_grad(param_groups)
@@ -492,11 +514,17 @@ class Plan:
 def plan_of(
     param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], batches: Sequence[object], inputs: StepInputs
 ) -> Plan | None:
-    """A plan for further steps like the one just taken, if the core does all of it on the tensors themselves."""
+    """A plan for further steps like the one just taken, if the core does all of it on the tensors themselves.
+
+    None also if something that took no part in the step cannot be watched, such as state that the user has put there.
+    """
     core_batches = [batch for batch in batches if isinstance(batch, CoreBatch) and not batch.stages]
     if not batches or len(core_batches) != len(batches):
         return None
-    return Plan(param_groups, state, core_batches, inputs)
+    try:
+        return Plan(param_groups, state, core_batches, inputs)
+    except ValueError:
+        return None
 
 
 def describe_installation() -> str:

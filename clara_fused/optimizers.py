@@ -63,7 +63,7 @@ class AdamClara(Optimizer):
     variant: ClassVar[Variant]
 
     fused: bool | None
-    _plan: core_backend.Plan | None
+    _plan: core_backend.Plan | None = None
 
     def __init__(
         self,
@@ -147,11 +147,12 @@ class AdamClara(Optimizer):
     def process_group(self, group: Any) -> None:
         validation.check_process_group(group)
         self._process_group = sharding.ProcessGroupReference(group)
-        self._plan = None
+        self._drop_plan()
 
     def _forget_caches(self) -> None:
         """Drop what was derived from groups, parameters and state; the next step derives it anew."""
-        self._plan = None
+        self._drop_plan()
+        self._captured_plans: list[core_backend.Plan] = getattr(self, "_captured_plans", [])
         self._whole_sums: sharding.WholeTensorSums | None = None
         self._hyperparameters: tuple[object, list[str]] = (None, [])
         # Scales of sharded parameters that other ranks have stepped and this one has not: they have no state here.
@@ -240,7 +241,7 @@ class AdamClara(Optimizer):
         batches = self._planned_batches(inputs)
         if batches is not None:
             return inputs, batches, True
-        self._plan = None
+        self._drop_plan()
         self._prepare_sums_over_ranks(inputs)
         return inputs, self._batches(self._collect(inputs.options), inputs), False
 
@@ -258,7 +259,9 @@ class AdamClara(Optimizer):
 
     def _planned_batches(self, inputs: StepInputs) -> Sequence[Batch] | None:
         """The batches of the step before, ready for this one, if nothing but gradients has changed since."""
-        if self._plan is None or not self._plan.prepare(self.param_groups, self.state, inputs):
+        if self._plan is None or self.fused is False:
+            return None
+        if not self._plan.prepare(self.param_groups, self.state, inputs):
             return None
         # Without DTensors and process_group there are no such sums, and the plan would have noticed new DTensors.
         if self._whole_sums is not None and not (
@@ -267,6 +270,12 @@ class AdamClara(Optimizer):
         ):
             return None
         return self._plan.batches
+
+    def _drop_plan(self) -> None:
+        if self._plan is not None and self._plan.captured:
+            # A CUDA graph goes on using its tables on the device, as it does the parameters and the state.
+            self._captured_plans.append(self._plan)
+        self._plan = None
 
     def _make_plan(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
         if self._whole_sums is None or sharding.gradients_lie_as_parameters(self.param_groups):
@@ -295,6 +304,7 @@ class AdamClara(Optimizer):
     def _collect(self, options: Sequence[GroupOptions]) -> list[TensorWork]:
         """Gather the tensors that have gradients: first check all of them, only then create or adjust state."""
         taking_part = []
+        capturing = core_backend.is_capturing()
         for group_index, param_index, param in self._enumerate_params():
             grad = param.grad
             if grad is None:
@@ -306,6 +316,9 @@ class AdamClara(Optimizer):
             state.check(param_state, param, options[group_index], group_index, param_index)
             if self.fused:
                 core_backend.require(param, grad, options[group_index], group_index, param_index)
+            if capturing:
+                by_core = self.fused is not False and core_backend.serves(param, grad, options[group_index])
+                validation.check_capture(param, bool(param_state), by_core, group_index, param_index)
             taking_part.append((group_index, param_index, param, grad))
         for group_index, _, param, _ in taking_part:
             state.prepare(self.state[param], param, options[group_index])

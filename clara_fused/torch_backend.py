@@ -152,9 +152,11 @@ class TorchBatch:
             for row, norm in zip(chunk.rows, self._measure_chunk(chunk), strict=True):
                 norms[row].append(norm)
         path_sq = torch.stack([adaptation.fixed_order_sum(torch.stack(pieces)) for pieces in norms])
-        numels = torch.tensor([work.param.numel() for work in self.works], dtype=path_sq.dtype)
-        expected = moved_from_host(numels, self.device) * adaptation.reference_at(self._step_numbers, self.options)
-        return torch.stack([path_sq, expected], dim=-1)
+        reference = adaptation.reference_at(self._step_numbers, self.options)
+        # As arguments of kernels: a copy from the host would be repeated by a CUDA graph that has captured it, from
+        # memory that has long been somebody else's.
+        expected = torch._foreach_mul(list(reference.unbind()), [work.param.numel() for work in self.works])
+        return torch.stack([path_sq, torch.stack(expected)], dim=-1)
 
     def _measure_chunk(self, chunk: Chunk) -> list[Tensor]:
         """Update moments and path of a chunk; return the squared norm of each piece of the path."""
@@ -302,11 +304,6 @@ class TorchBatch:
     def _chunk(self, rows: list[int], pieces: list[Sequence[Tensor]]) -> Chunk:
         params, grads, exp_avgs, exp_avg_sqs, paths, *maximum = (list(column) for column in zip(*pieces, strict=True))
         return Chunk(rows, params, grads, exp_avgs, exp_avg_sqs, paths, maximum[0] if maximum else [])
-
-
-def moved_from_host(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on `device` without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def batches_of(

@@ -298,3 +298,20 @@ def check_state(
                 f"{describe(group_index, param_index, param)}: state {name!r} is {got}, "
                 f"expected a floating-point tensor of shape {tuple(shape)}"
             )
+
+
+def check_capture(param: Tensor, has_state: bool, by_core: bool, group_index: int, param_index: int) -> None:
+    """Check that a step that nothing has been kept for may be captured into a CUDA graph.
+
+    The core would copy a table from the host, and fresh state would be reset by every replay.
+
+    Raises:
+        RuntimeError: the core would take the step, or the parameter has no state yet.
+    """
+    if by_core or not has_state:
+        raise RuntimeError(
+            f"{describe(group_index, param_index, param)}: a CUDA graph is being captured, and no step has been taken "
+            f"before with these parameters, gradients and options; take one or more before the capture. A step in "
+            f"which the compiled core copies (parameters with gaps, gradients in another memory layout) or leaves a "
+            f"part to PyTorch (float64) can only be captured with fused=False"
+        )

@@ -6,7 +6,11 @@ agree; then the reference takes over the core's values, so that roundings do not
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -352,14 +356,15 @@ def test_a_plan_survives_fresh_gradients_and_new_learning_rates(watch: str, monk
 API = "__dlpack_c_exchange_api__"
 
 
-def test_a_gradient_that_is_the_negative_of_its_memory() -> None:
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,)])
+def test_a_gradient_that_is_the_negative_of_its_memory(shape: tuple[int, ...]) -> None:
     """torch.imag of a conjugate is a view with a negative bit; its memory holds the opposite sign."""
-    param = torch.nn.Parameter(torch.tensor(1.0))
-    twin = torch.nn.Parameter(torch.tensor(1.0))
+    param = torch.nn.Parameter(torch.ones(shape))
+    twin = torch.nn.Parameter(torch.ones(shape))
     optimizer, other = VARIANTS["Local"]([param], fused=True), VARIANTS["Local"]([twin], fused=True)
     for step in range(3):
-        value = torch.tensor(complex(0.0, 2.0 + step))
-        param.grad = torch.imag(value.conj()) if step == 1 else torch.imag(value).clone()
+        value = torch.full(shape, complex(0.0, 2.0 + step))
+        param.grad = torch.imag(value.conj() if step == 1 else value)
         assert param.grad.is_neg() == (step == 1)
         twin.grad = param.grad.clone().resolve_neg()
         optimizer.step()
@@ -367,10 +372,81 @@ def test_a_gradient_that_is_the_negative_of_its_memory() -> None:
         assert torch.equal(param, twin)
 
 
-def test_the_watch_keeps_no_tensor_alive() -> None:
-    import gc
-    import weakref
+def one_parameter(fused: bool | None = True) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    param = torch.nn.Parameter(torch.randn(10))
+    param.grad = torch.randn(10)
+    return param, VARIANTS["Local"]([param], fused=fused)
 
+
+def test_switching_the_core_off_takes_effect() -> None:
+    _, optimizer = one_parameter()
+    optimizer.step()
+    assert optimizer._plan is not None
+    optimizer.fused = False
+    optimizer.step()
+    assert optimizer._plan is None
+
+
+def test_state_that_cannot_be_watched_costs_the_plan_alone() -> None:
+    param, optimizer = one_parameter()
+    idle = torch.nn.Parameter(torch.randn(3))
+    optimizer.add_param_group({"params": [idle]})
+    optimizer.state[idle]["step"] = 7
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+    assert optimizer._plan is None
+
+
+class TestCudaGraphs:
+    """What can be tested of capturing without a GPU: what may not be captured, and what must outlive it."""
+
+    @pytest.fixture
+    def capturing(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+        return lambda now: monkeypatch.setattr(core_backend, "is_capturing", lambda: now)
+
+    @pytest.mark.parametrize("fused", [True, False], ids=["core", "torch"])
+    def test_a_first_step_cannot_be_captured(self, fused: bool, capturing: Callable[[bool], None]) -> None:
+        param, optimizer = one_parameter(fused)
+        before = param.detach().clone()
+        capturing(True)
+        with pytest.raises(RuntimeError, match=r"param group 0, parameter 0 .* a CUDA graph is being captured"):
+            optimizer.step()
+        assert torch.equal(param, before) and not optimizer.state
+        capturing(False)
+        optimizer.step()
+        capturing(True)
+        optimizer.step()
+        assert optimizer.state[param]["step"] == 2
+
+    def test_a_step_of_the_core_that_needs_copies_cannot_be_captured(self, capturing: Callable[[bool], None]) -> None:
+        param, optimizer = one_parameter()
+        for now in (False, True):
+            param.grad = torch.randn(10, 2)[:, 0]
+            capturing(now)
+            if now:
+                with pytest.raises(RuntimeError, match="in another memory layout"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert optimizer.state[param]["step"] == 1
+
+    def test_what_a_graph_has_captured_outlives_the_plan(self) -> None:
+        param, optimizer = one_parameter()
+        for captured in (False, True):
+            optimizer.step()
+            plan = weakref.ref(optimizer._plan)
+            optimizer._plan.batches[0].captured = captured
+            param.grad = None
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            gc.collect()
+            assert (plan() is not None) == captured
+            param.grad = torch.randn(10)
+        assert not copy.deepcopy(optimizer)._captured_plans
+
+
+def test_the_watch_keeps_no_tensor_alive() -> None:
     param = torch.nn.Parameter(torch.randn(1000))
     param.grad = torch.randn(1000)
     optimizer = VARIANTS["Local"]([param], fused=True)
@@ -385,9 +461,6 @@ def test_the_watch_keeps_no_tensor_alive() -> None:
 
 
 def test_pickle_and_deepcopy_leave_the_cache_behind() -> None:
-    import copy
-    import pickle
-
     param = torch.nn.Parameter(torch.randn(10))
     param.grad = torch.randn(10)
     optimizer = VARIANTS["Local"]([param], fused=True)

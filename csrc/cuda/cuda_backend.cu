@@ -176,15 +176,17 @@ bool supports(DType param, DType grad, DType path) {
 }
 
 std::string device_problem(int device) {
-  // Kernel parameters beyond 4 KiB came with this driver.
-  constexpr int kMinDriver = 12010;
+  // Kernel parameters beyond 4 KiB came with 12.1; a runtime runs on drivers of its own major version and later ones.
+  constexpr int kMinDriver = std::max(12010, CUDART_VERSION / 1000 * 1000);
   try {
     int driver = 0;
     check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion", device);
     if (driver == 0) return "no NVIDIA driver is installed";
     if (driver < kMinDriver) {
       return "the NVIDIA driver serves CUDA " + std::to_string(driver / 1000) + "." +
-             std::to_string(driver % 1000 / 10) + "; 12.1 or newer is needed";
+             std::to_string(driver % 1000 / 10) + "; this build of the core needs one for " +
+             std::to_string(kMinDriver / 1000) + "." + std::to_string(kMinDriver % 1000 / 10) +
+             " or newer: update the driver";
     }
     int count = 0;
     check(cudaGetDeviceCount(&count), "cudaGetDeviceCount", device);
@@ -193,7 +195,6 @@ std::string device_problem(int device) {
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, reduce_kernel<SmallArguments>), "loading the kernels", device);
   } catch (const std::runtime_error& error) {
-    cudaGetLastError();  // told here; it must not surface at the next launch
     return error.what();
   }
   return {};

@@ -12,6 +12,7 @@ namespace cuda {
 
 inline void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // told here; the runtime must not tell it once more
   throw std::runtime_error(std::string("clara_fused: ") + what + " failed on cuda:" + std::to_string(device) + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
@@ -50,7 +51,6 @@ void launch(const char* name, Kernel* kernel, int64_t blocks, int threads, const
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
                          parameters, 0, target.stream),
         kernel_name.c_str(), target.device);
-  check(cudaGetLastError(), kernel_name.c_str(), target.device);
 }
 
 }  // namespace cuda

@@ -1,5 +1,6 @@
 #include "tensor_watch.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -242,8 +243,9 @@ bool TensorWatch::same_grad(Param& param) {
   if (!param.has_grad || grad.is_none()) return !param.has_grad && grad.is_none();
   const void* address = nullptr;
   if (!same(grad.ptr(), param.grad, false, &address)) return false;
-  if (param.grad.ndim == 0) {
-    // A view that stands for the negative of its memory; with dimensions it would show in the strides.
+  const int64_t* shape = dims_.data() + param.grad.dims;
+  if (std::all_of(shape, shape + param.grad.ndim, [](int64_t size) { return size == 1; })) {
+    // A view that stands for the negative of its memory; with more elements it would show in the strides.
     const py::object negative = owned(PyObject_CallMethodNoArgs(grad.ptr(), names().is_neg));
     if (negative.ptr() != Py_False) return false;
   }

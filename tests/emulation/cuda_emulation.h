@@ -373,6 +373,13 @@ class Emulator {
 // The CUDA runtime
 // ---------------------------------------------------------------------------------------------------------------
 
+}  // namespace emulation
+
+#define CUDART_VERSION 13000
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101, cudaErrorLaunchFailure = 719 };
+
+namespace emulation {
+
 // What a test may look at or set.
 struct Runtime {
   static constexpr int kDevices = 2;
@@ -382,26 +389,30 @@ struct Runtime {
   int last_launch_device = -1;
   void* last_launch_stream = nullptr;
   bool next_launch_fails = false;
+  cudaError_t last_error = cudaSuccess;  // kept until somebody asks for it
+
+  cudaError_t failed(cudaError_t error) { return last_error = error; }
 };
 inline Runtime runtime;
 
 }  // namespace emulation
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101, cudaErrorLaunchFailure = 719 };
 struct cudaFuncAttributes {};
 
 inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaErrorInvalidDevice";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated failure"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::runtime.last_error, cudaSuccess); }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = emulation::runtime.device;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= emulation::Runtime::kDevices) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= emulation::Runtime::kDevices) {
+    return emulation::runtime.failed(cudaErrorInvalidDevice);
+  }
   emulation::runtime.device = device;
   return cudaSuccess;
 }
@@ -422,7 +433,7 @@ template <typename Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 block, void** parameters, size_t,
                              cudaStream_t stream) {
   emulation::Runtime& runtime = emulation::runtime;
-  if (std::exchange(runtime.next_launch_fails, false)) return cudaErrorLaunchFailure;
+  if (std::exchange(runtime.next_launch_fails, false)) return runtime.failed(cudaErrorLaunchFailure);
   runtime.launches += 1;
   runtime.last_launch_device = runtime.device;
   runtime.last_launch_stream = stream;
