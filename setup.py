@@ -60,6 +60,14 @@ def find_ninja() -> list[str]:
     return [str(Path(ninja.BIN_DIR) / "ninja")]
 
 
+def pybind11_headers() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        raise CannotBuild("pybind11 is missing: pip install pybind11") from None
+    return pybind11.get_include()
+
+
 def find_compiler() -> list[str]:
     """The C++ compiler, tried on a small program."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
@@ -127,6 +135,29 @@ def find_cuda() -> CudaToolkit:
     return CudaToolkit(nvcc, home, version, cuda_archs(nvcc))
 
 
+# What the kernels need of a toolkit; installations from packages can lack any of it.
+CUDA_PROBE = """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
+int main() { return cudaSetDevice(0); }
+"""
+
+
+def try_nvcc(cuda: CudaToolkit, compiler: list[str]) -> None:
+    """Compile and link a small program: an nvcc that is there may still not work with the C++ compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text(CUDA_PROBE)
+        command = [str(cuda.nvcc), "-std=c++17", "-cudart", "static", "-ccbin", compiler[0], str(source)]
+        command += [f"-L{path}" for path in cuda.libraries()]
+        done = subprocess.run([*command, "-o", f"{source}.out"], capture_output=True, text=True)
+    if done.returncode != 0:
+        message = next((line for line in (done.stderr + done.stdout).splitlines() if "error" in line), "no message")
+        raise CannotBuild(f"{cuda.nvcc} with {compiler[0]} cannot compile a small program: {message.strip()}")
+
+
 def cuda_archs(nvcc: Path) -> tuple[str, ...]:
     text = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\w+)", text))
@@ -152,6 +183,7 @@ class Plan:
     kind: str
     compiler: list[str] = field(default_factory=list)
     ninja: list[str] = field(default_factory=list)
+    pybind11: str = ""  # its headers
     cuda: CudaToolkit | None = None
     reason: str = ""
 
@@ -181,7 +213,7 @@ def make_plan() -> Plan:
     if wanted == "python":
         return Plan("python", reason="CLARA_BUILD=python")
     try:
-        plan = Plan("cpu", find_compiler(), find_ninja())
+        plan = Plan("cpu", find_compiler(), find_ninja(), pybind11_headers())
     except CannotBuild as error:
         if wanted is not None:
             raise SystemExit(f"CLARA_BUILD={wanted}: {error}") from None
@@ -192,8 +224,9 @@ def make_plan() -> Plan:
     try:
         if not cuda_sources():
             raise CannotBuild("this source tree has no CUDA kernels")
-        plan.cuda = find_cuda()
-        plan.kind = "cuda"
+        cuda = find_cuda()
+        try_nvcc(cuda, plan.compiler)
+        plan.cuda, plan.kind = cuda, "cuda"
     except CannotBuild as error:
         if wanted == "cuda":
             raise SystemExit(f"CLARA_BUILD=cuda: {error}") from None
@@ -227,8 +260,6 @@ class NinjaFile:
         return " ".join(shlex.quote(flag).replace("$", "$$") for flag in flags)
 
     def _write(self) -> None:
-        import pybind11
-
         plan = self.plan
         compiler = self._flags(plan.compiler)
         self.lines += [
@@ -239,7 +270,7 @@ class NinjaFile:
             "  deps = gcc",
             "  description = compiling $out",
         ]
-        python_headers = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
+        python_headers = ["-isystem", sysconfig.get_paths()["include"], "-isystem", plan.pybind11]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         defines = ["-DCLARA_CPU_X86_KERNELS"] if x86 else []
         if plan.cuda:
@@ -284,11 +315,12 @@ class NinjaFile:
         if sys.platform == "darwin":
             flags += ["-undefined", "dynamic_lookup"]
         else:
-            # The C++ runtime comes along, so that a wheel does not depend on the one of the machine it lands on.
+            # The C++ runtime comes along, so that a wheel does not depend on the one of the machine it lands on; but
+            # only what is used of it: other parts ask for a newer glibc. So would libgcc, and torch needs it anyway.
             # Nothing but Python's entry point leaves the module: torch brings a C++ runtime of its own.
             exports = self.build_dir / "exports.map"
             exports.write_text("{ global: PyInit__core; local: *; };\n")
-            flags += ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={exports}", "-Wl,--as-needed"]
+            flags += ["-static-libstdc++", "-Wl,--gc-sections", f"-Wl,--version-script={exports}", "-Wl,--as-needed"]
         libraries: list[str] = []
         if self.plan.cuda:
             libraries += [f"-L{path}" for path in self.plan.cuda.libraries()] + ["-lcudart_static", "-lrt"]
@@ -313,9 +345,15 @@ class BuildCore(build_ext):
             super().run()
         print(f"clara_fused: built {PLAN}", file=sys.stderr, flush=True)
 
+    def object_folder(self) -> Path:
+        """Where objects are kept from build to build. For an editable install setuptools would throw them away."""
+        if self.editable_mode:
+            return ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}" / PLAN.kind
+        return Path(self.build_temp).resolve() / PLAN.kind
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / PLAN.kind
+        build_dir = self.object_folder()
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = NinjaFile(PLAN, target, build_dir).text()

@@ -397,6 +397,53 @@ def test_profiling_without_the_profiler_is_a_clear_error(script, tool, tmp_path)
     assert "usage:" in result.stderr
 
 
+FAKE_PYTHON = """#!/bin/bash
+# Answers device_pass.sh as a machine with a device would, and takes its time over everything else.
+case "$*" in
+    *is_available*) exit 0 ;;
+    *describe_environment*) cat >"${@: -1}" ;;
+    *get_device_capability*) echo 90 ;;
+    *build_ext*) sleep "$BUILD_SECONDS" ;;
+    *"-m pytest"*) exit 3 ;;
+esac
+"""
+
+
+def run_device_pass(folder, *arguments, build_seconds=0):
+    (folder / "benchmarks").mkdir()
+    shutil.copy(BENCHMARKS / "device_pass.sh", folder / "benchmarks")
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python3"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{python.parent}:/usr/bin:/bin", "BUILD_SECONDS": str(build_seconds)}
+    command = ["bash", folder / "benchmarks" / "device_pass.sh", "--out", folder / "out", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_device_pass_tells_how_each_part_ended(tmp_path):
+    done = run_device_pass(tmp_path, "build", "tests", "sanitizer", "overhead")
+    assert done.returncode == 1, done.stderr
+    records = [line.rsplit("|", 1)[0] for line in (tmp_path / "out" / "device-pass.json").read_text().splitlines()]
+    assert records == ["build|passed", "tests|failed (3)", "sanitizer|not run: no profiler", "overhead|passed"]
+    assert "compute-sanitizer not found" in (tmp_path / "out" / "device-pass-sanitizer.log").read_text()
+
+
+def test_the_device_pass_ends_in_the_time_it_is_given(tmp_path):
+    done = run_device_pass(tmp_path, "--seconds", "26", "build", "tests", build_seconds=100)
+    assert done.returncode == 1, done.stderr
+    records = [line.rsplit("|", 1) for line in (tmp_path / "out" / "device-pass.json").read_text().splitlines()]
+    assert [record for record, _ in records] == ["build|ran out of time", "tests|not run: no time left"]
+    assert int(records[0][1]) < 26
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "0.5"], ["--seconds"], ["no-such-part"]])
+def test_bad_arguments_of_the_device_pass_are_refused(arguments, tmp_path):
+    done = run_device_pass(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_profiled_program_says_why_it_does_not_run():
     command = [sys.executable, str(BENCHMARKS / "profile_target.py"), "small-148x64", "smoothed"]
