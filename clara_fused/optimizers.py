@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import adaptation, core_backend, sharding, state, torch_backend, validation
 from .batches import Batch, Location, StepInputs, TensorWork, moved
-from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, read_options
+from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, option_values, read_options
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_max_temporary_bytes", "_step_supports_amp_scaling")
@@ -64,6 +64,8 @@ class AdamClara(Optimizer):
 
     fused: bool | None
     _plan: core_backend.Plan | None = None
+    # Read by GradScaler and by frameworks; see enable_fused_amp.
+    _step_supports_amp_scaling: bool = False
 
     def __init__(
         self,
@@ -288,12 +290,16 @@ class AdamClara(Optimizer):
             validation.check_lr(group["lr"], index)
             lrs.append(group["lr"])
         options = self._read_options()
-        # A GradScaler sets these two before step() and deletes them after.
-        return StepInputs(options, lrs, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return StepInputs(options, lrs, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf"))
+
+    def _amp_scalar(self, name: str) -> Tensor | None:
+        """`grad_scale` or `found_inf`, which a GradScaler sets before step() and deletes after."""
+        value: Tensor | float | None = getattr(self, name, None)
+        # Where no parameter has a gradient the scaler's found_inf is a sum over nothing: the number 0.
+        return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
 
     def _read_options(self) -> list[GroupOptions]:
-        names = option_names(self.variant)
-        seen = [tuple(group[name] for name in names) for group in self.param_groups]
+        seen = [option_values(group, self.variant) for group in self.param_groups]
         if seen != [values for values, _ in self._options_cache]:
             fresh = [read_options(group, index, self.variant) for index, group in enumerate(self.param_groups)]
             if self.variant is Variant.GLOBAL:
@@ -569,7 +575,7 @@ class AdamClara(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in _PERSISTENT_ATTRIBUTES if hasattr(self, name)}
+        kept = {name: getattr(self, name) for name in _PERSISTENT_ATTRIBUTES}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, new: dict[str, Any]) -> None:

@@ -103,6 +103,12 @@ def option_names(variant: Variant) -> tuple[str, ...]:
     return (*OPTION_NAMES, "lr_smoothing") if variant is Variant.SMOOTHED else OPTION_NAMES
 
 
+def option_values(group: Mapping[str, Any], variant: Variant) -> tuple[Any, ...]:
+    """The options that `variant` reads as they stand now; lists are copied, as they can be changed in place."""
+    values = [group[name] for name in option_names(variant)]
+    return tuple([tuple(value) if isinstance(value, list) else value for value in values])
+
+
 def read_options(group: Mapping[str, Any], group_index: int, variant: Variant) -> GroupOptions:
     """Validate the options of a param group as they stand now.
 

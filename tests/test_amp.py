@@ -58,7 +58,7 @@ def test_grad_scaler(fused_amp: bool, unscale_first: bool, variant: str, fused: 
 def test_fused_amp_is_the_users_choice(variant: str) -> None:
     """Off by default, so that frameworks that watch for skipped steps see them."""
     optimizer = VARIANTS[variant](parameters())
-    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+    assert not optimizer._step_supports_amp_scaling
     optimizer.enable_fused_amp()
     assert optimizer._step_supports_amp_scaling
     optimizer.enable_fused_amp(False)
@@ -147,6 +147,20 @@ def test_either_attribute_may_be_absent_or_none(attributes: dict[str, Any], vari
     for step in range(3):
         set_gradients(all_params(optimizer), step, size=4.0)
         check.step(grad_scale=attributes.get("grad_scale"))
+
+
+def test_plain_numbers_serve_too(variant: str, fused: bool) -> None:
+    """GradScaler sums found_inf over the devices that have gradients: where none has, it hands over the number 0."""
+    optimizer = VARIANTS[variant](parameters(), fused=fused, **LIVELY[variant])
+    check = StepCheck(variant, optimizer)
+    optimizer.grad_scale, optimizer.found_inf = 4.0, 0
+    for step in range(2):
+        set_gradients(all_params(optimizer), step, size=4.0)
+        check.step(grad_scale=4.0)
+    before = snapshot(optimizer)
+    optimizer.found_inf = 1
+    optimizer.step()
+    assert snapshot(optimizer) == before
 
 
 def test_unscaling_keeps_what_float16_cannot_hold(variant: str, fused: bool) -> None:

@@ -370,6 +370,23 @@ def test_options_are_read_afresh(variant: str, fused: bool) -> None:
             check.step()
 
 
+def test_options_changed_in_place_are_noticed(variant: str, fused: bool) -> None:
+    """Pairs may be lists, as configuration files give them, and a list can change without being replaced."""
+    pairs = {"betas": [0.9, 0.99], "clip": [0.5, 1.6], "scale_bounds": [1e-4, 1e4]}
+    optimizer = VARIANTS[variant](parameters(), fused=fused, **{**LIVELY[variant], **pairs})
+    group = optimizer.param_groups[0]
+    check = StepCheck(variant, optimizer)
+    for step, (name, end, value) in enumerate([("betas", 0, 0.5), ("clip", 1, 1.01), ("scale_bounds", 1, 1.0)]):
+        set_gradients(all_params(optimizer), 2 * step)
+        check.step()
+        group[name][end] = value
+        set_gradients(all_params(optimizer), 2 * step + 1)
+        check.step()
+    group["betas"][0] = 1.0
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 0"):
+        optimizer.step()
+
+
 def test_step_may_be_replaced_on_the_instance(optimizer: torch.optim.Optimizer) -> None:
     """Accelerate does it, and LR schedulers wrap the bound method."""
     calls = []
