@@ -116,24 +116,29 @@ def check_options(group: Mapping[str, Any], group_index: int, *, smoothed: bool)
         numbers.append(("lr_smoothing", "Invalid lr_smoothing value", lambda x: 0.0 <= x < 1.0, "in [0, 1)"))
     for name, words, in_range, expected in numbers:
         _check_number(group, group_index, name, words, in_range, expected)
-    reference = group["reference"]
-    if reference != "random_walk":
-        if not _is_real(reference):
-            raise TypeError(
-                f"param group {group_index}: reference must be 'random_walk' or a number > 0, got {reference!r}"
-            )
-        if not reference > 0.0:
-            raise ValueError(
-                f"param group {group_index}: Invalid reference value: {reference} (expected 'random_walk' or > 0)"
-            )
+    _check_reference(group["reference"], group_index)
     if group["clip"] is not None:
         _check_interval(group["clip"], group_index, "clip")
     _check_interval(group["scale_bounds"], group_index, "scale_bounds")
     _check_initial_scale(group, group_index)
     if group["path_dtype"] not in _PATH_DTYPES:
-        raise TypeError(
+        error = ValueError if isinstance(group["path_dtype"], torch.dtype) else TypeError
+        raise error(
             f"param group {group_index}: path_dtype must be None, torch.float32 or torch.bfloat16, "
             f"got {group['path_dtype']!r}"
+        )
+
+
+def _check_reference(reference: object, group_index: int) -> None:
+    if reference == "random_walk":
+        return
+    if not _is_real(reference) and not isinstance(reference, str):
+        raise TypeError(
+            f"param group {group_index}: reference must be 'random_walk' or a number > 0, got {reference!r}"
+        )
+    if isinstance(reference, str) or not cast(float, reference) > 0.0:
+        raise ValueError(
+            f"param group {group_index}: Invalid reference value: {reference!r} (expected 'random_walk' or > 0)"
         )
 
 

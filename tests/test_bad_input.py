@@ -136,6 +136,13 @@ def test_unknown_arguments_are_refused(variant: str) -> None:
             VARIANTS[variant](parameters(), **{name: True})
 
 
+@pytest.mark.parametrize(("name", "value"), [("reference", "gradient"), ("path_dtype", torch.float16)])
+def test_unknown_choice_is_a_value_error(name: str, value: Any, variant: str) -> None:
+    """The type is right: what torch.optim raises for a value that is not."""
+    with pytest.raises(ValueError, match=name):
+        VARIANTS[variant](parameters(), **{name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
