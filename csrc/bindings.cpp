@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -96,10 +97,19 @@ class GroupTable {
  private:
   // Groups mostly agree on beta1 and smoothing.
   std::shared_ptr<const std::vector<double>> shared_table(double beta1, double smoothing) {
-    std::weak_ptr<const std::vector<double>>& known = known_tables_[{beta1, smoothing}];
-    std::shared_ptr<const std::vector<double>> table = known.lock();
-    if (!table) known = table = std::make_shared<const std::vector<double>>(random_walk_table(beta1, smoothing));
+    std::shared_ptr<const std::vector<double>> table = known_tables_[{beta1, smoothing}].lock();
+    if (table) return table;
+    forget_unused_tables();
+    table = std::make_shared<const std::vector<double>>(random_walk_table(beta1, smoothing));
+    known_tables_[{beta1, smoothing}] = table;
     return table;
+  }
+
+  // A schedule of betas asks for a new table at every step of a long run.
+  void forget_unused_tables() {
+    for (auto known = known_tables_.begin(); known != known_tables_.end();) {
+      known = known->second.expired() ? known_tables_.erase(known) : std::next(known);
+    }
   }
 
   std::vector<std::shared_ptr<const std::vector<double>>> tables_;

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import VARIANTS, core_available, parameters, set_gradients, snapshot, train
+from helpers import VARIANTS, all_params, core_available, parameters, set_gradients, snapshot, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +116,32 @@ def test_the_core_needs_no_memory(variant: str) -> None:
     optimizer = VARIANTS[variant](params, fused=True)
     train(optimizer, 3)
     assert peak_bytes(optimizer.step) <= PER_TENSOR * len(params)
+
+
+class _MallocStatistics(ctypes.Structure):
+    """glibc's struct mallinfo2; of its fields only the bytes in use have a name here."""
+
+    _fields_ = [("before", ctypes.c_size_t * 7), ("bytes_in_use", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
+
+
+def test_a_schedule_of_betas_leaves_nothing_behind(variant: str, fused: bool) -> None:
+    """OneCycleLR brings new betas, and so a new table of the random walk, at every step of a run."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("reads what malloc has handed out from glibc (2.33 or newer)")
+    mallinfo.restype = _MallocStatistics
+    optimizer = VARIANTS[variant](parameters(), fused=fused)
+    set_gradients(all_params(optimizer), 0)
+
+    def run(steps: int, first_beta1: float) -> int:
+        for step in range(steps):
+            optimizer.param_groups[0]["betas"] = (first_beta1 + 1e-6 * step, 0.999)
+            optimizer.step()
+        gc.collect()
+        return int(mallinfo().bytes_in_use)
+
+    before = run(200, 0.899)
+    assert run(1000, 0.9) - before < 1000 * 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
