@@ -175,6 +175,11 @@ def _has_layout(tensor: Tensor, like: Tensor) -> bool:
     )
 
 
+def _is_its_memory(tensor: Tensor) -> bool:
+    """Whether the memory holds the values: not their negatives, nor nothing at all (forward-mode autograd's zeros)."""
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
 @dataclass(slots=True)
 class _Staging:
     """Copies in the core's layout of what the user holds in another one."""
@@ -235,7 +240,7 @@ class CoreBatch:
             staging.param = (param, torch.empty_like(param).copy_(param))
             param = staging.param[1]
         grad = work.grad.detach()
-        if not _has_layout(grad, param) or grad.is_neg():
+        if not _has_layout(grad, param) or not _is_its_memory(grad):
             grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             staging.grad = grad
         if staging.needed:

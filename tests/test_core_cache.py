@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VARIANTS, core_available
+from helpers import VARIANTS, core_available, train
 
 from clara_fused import core_backend
 
@@ -367,6 +367,21 @@ def test_a_gradient_that_is_the_negative_of_its_memory(shape: tuple[int, ...]) -
         param.grad = torch.imag(value.conj() if step == 1 else value)
         assert param.grad.is_neg() == (step == 1)
         twin.grad = param.grad.clone().resolve_neg()
+        optimizer.step()
+        other.step()
+        assert torch.equal(param, twin)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_gradient_without_memory(steps_before: int) -> None:
+    """Forward-mode autograd stands zeros in for tangents that nothing reached; reading them would crash."""
+    param = torch.nn.Parameter(torch.ones(6))
+    twin = torch.nn.Parameter(torch.ones(6))
+    optimizer, other = VARIANTS["Local"]([param], fused=True), VARIANTS["Local"]([twin], fused=True)
+    train(optimizer, steps_before)
+    train(other, steps_before)
+    for grad in (torch._efficientzerotensor(6), torch.ones(6)):
+        param.grad, twin.grad = grad, grad.clone() + 0.0
         optimizer.step()
         other.step()
         assert torch.equal(param, twin)

@@ -243,6 +243,8 @@ bool TensorWatch::same_grad(Param& param) {
   if (!param.has_grad || grad.is_none()) return !param.has_grad && grad.is_none();
   const void* address = nullptr;
   if (!same(grad.ptr(), param.grad, false, &address)) return false;
+  // Zeros of forward-mode autograd have no memory.
+  if (address == nullptr && param.grad.data != nullptr) return false;
   const int64_t* shape = dims_.data() + param.grad.dims;
   if (std::all_of(shape, shape + param.grad.ndim, [](int64_t size) { return size == 1; })) {
     // A view that stands for the negative of its memory; with more elements it would show in the strides.
