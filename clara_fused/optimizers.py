@@ -240,11 +240,16 @@ class AdamClara(Optimizer):
     def _begin_step(self) -> tuple[StepInputs, Sequence[Batch], bool]:
         """All checks, and what the step works on; whether that is still the plan of the step before."""
         inputs = self._read_inputs()
-        batches = self._planned_batches(inputs)
-        if batches is not None:
-            return inputs, batches, True
+        # Without DTensors and process_group nothing is summed over ranks, and the plan would notice new DTensors.
+        planned = self._planned_batches(inputs) if self._whole_sums is None else None
+        if planned is None:
+            self._prepare_sums_over_ranks(inputs)
+            if self._whole_sums is not None:
+                inputs = self._whole_sums.with_overflow_of_all_ranks(inputs)
+                planned = self._planned_batches(inputs)
+        if planned is not None:
+            return inputs, planned, True
         self._drop_plan()
-        self._prepare_sums_over_ranks(inputs)
         return inputs, self._batches(self._collect(inputs.options), inputs), False
 
     def _fail_on_other_ranks(self, error: Exception) -> None:
@@ -254,7 +259,7 @@ class AdamClara(Optimizer):
         # What the others make of it is theirs to raise; this rank has its own error.
         with contextlib.suppress(RuntimeError):
             if self._whole_sums is not None and self._whole_sums.serves(self.param_groups, self.process_group):
-                self._whole_sums.send_failure()
+                self._whole_sums.send_failure(getattr(self, "found_inf", None))
             else:
                 is_global = self.variant is Variant.GLOBAL
                 sharding.WholeTensorSums(self.param_groups, self.process_group, is_global, [f"error: {error}"])
@@ -265,11 +270,7 @@ class AdamClara(Optimizer):
             return None
         if not self._plan.prepare(self.param_groups, self.state, inputs):
             return None
-        # Without DTensors and process_group there are no such sums, and the plan would have noticed new DTensors.
-        if self._whole_sums is not None and not (
-            self._whole_sums.serves(self.param_groups, self.process_group)
-            and sharding.gradients_lie_as_parameters(self.param_groups)
-        ):
+        if self._whole_sums is not None and not sharding.gradients_lie_as_parameters(self.param_groups):
             return None
         return self._plan.batches
 
@@ -418,10 +419,12 @@ class AdamClara(Optimizer):
                 "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
             )
         if not sharding.needs_sums(self.param_groups, self.process_group):
+            self._drop_plan()
             self._whole_sums = None
         elif self._whole_sums is None or not self._whole_sums.serves(self.param_groups, self.process_group):
             for group_index, param_index, param in self._enumerate_params():
                 validation.check_placements(param, group_index, param_index)
+            self._drop_plan()
             self._whole_sums = sharding.WholeTensorSums(
                 self.param_groups,
                 self.process_group,

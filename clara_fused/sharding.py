@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import adaptation
-from .batches import Location, TensorWork, moved
+from .batches import Location, StepInputs, TensorWork, moved
 from .dtensors import is_dtensor, is_ready, local, placed_as_shard, placed_like
 
 if TYPE_CHECKING:
@@ -327,6 +327,8 @@ class WholeTensorSums:
         self._collectives = [each for each in collectives if len(each.ranks) > 1 and (total or each.members)]
         self._routes: list[_Route | None] = [None] * len(self._collectives)
         self._disagreement = _DisagreementWatch()
+        # Whether this step's `found_inf` has been told to the other ranks.
+        self._overflow_is_known = False
 
     def serves(self, param_groups: ParamGroups, process_group: ProcessGroup | None) -> bool:
         """Whether parameters, placements and group are still those this was made for."""
@@ -368,6 +370,22 @@ class WholeTensorSums:
             value = largest if largest > 0.0 else None
         return value
 
+    def with_overflow_of_all_ranks(self, inputs: StepInputs) -> StepInputs:
+        """The step's inputs, with a GradScaler's `found_inf` set if it is on any rank: all skip the step, or none.
+
+        One rank that skips alone would be a step behind with its shards for good.
+        """
+        if inputs.found_inf is None:
+            return inputs
+        return replace(inputs, found_inf=self._overflow_of_all_ranks(inputs.found_inf))
+
+    def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:
+        for collective in self._collectives:
+            found_inf = moved(found_inf, collective.device).to(torch.float32, copy=True)
+            torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX, group=collective.group)
+        self._overflow_is_known = True
+        return found_inf
+
     # --- Local and Smoothed: one row per parameter ---
 
     def start(self, locations: Sequence[Location], sums: Sequence[Tensor], hyperparameters: list[str]) -> PendingSums:
@@ -381,6 +399,7 @@ class WholeTensorSums:
             sums: per batch float64 [n, 2].
         """
         self._disagreement.poll()
+        self._overflow_is_known = False
         device = self._collectives[0].device
         own_sums = _concatenated(sums, device)
         sent = []
@@ -404,6 +423,7 @@ class WholeTensorSums:
             float64 [2].
         """
         self._disagreement.poll()
+        self._overflow_is_known = False
         own_sums = _concatenated(sums, self._collectives[0].device)
         sent = []
         for index, collective in enumerate(self._collectives):
@@ -418,8 +438,11 @@ class WholeTensorSums:
 
     # --- a step that cannot be taken ---
 
-    def send_failure(self) -> None:
+    def send_failure(self, found_inf: Tensor | None) -> None:
         """Make the ranks that wait for this one's part in the step's sums raise; waits for them."""
+        if found_inf is not None and not self._overflow_is_known:
+            self._overflow_of_all_ranks(found_inf)
+        self._overflow_is_known = False
         for collective in self._collectives:
             numbers = 2 if self._total else 2 * len(collective.members)
             buffer = torch.full((_CHECKSUM_BITS + numbers,), math.nan, dtype=torch.float64, device=collective.device)

@@ -74,10 +74,12 @@ class Sharded:
         self.backward(step, dtype)
         self.optimizer.step()
 
-    def backward(self, step: int, dtype: torch.dtype = torch.float64) -> None:
+    def backward(
+        self, step: int, dtype: torch.dtype = torch.float64, scaled: Callable[[Tensor], Tensor] = lambda loss: loss
+    ) -> None:
         x, y = (part.chunk(self.data_ranks)[self.data_rank] for part in data(step, dtype))
         self.optimizer.zero_grad()
-        nn.functional.mse_loss(self.model(x), y).backward()
+        scaled(nn.functional.mse_loss(self.model(x), y)).backward()
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh) -> None:

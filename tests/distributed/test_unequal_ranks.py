@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import why_not_core
 from ranks import World
-from sharded_models import LAYOUTS, LIVELY, VARIANTS, make_model, on_all_ranks
+from sharded_models import LAYOUTS, LIVELY, VARIANTS, Sharded, full_parameters, make_model, on_all_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -234,12 +235,14 @@ def _bad_gradient(optimizer: torch.optim.Optimizer) -> None:
     param.data = torch.ones(9)
 
 
-def step_that_fails_on_one_rank(variant: str, at_step: int, spoil: Any) -> tuple[str, str]:
+def step_that_fails_on_one_rank(variant: str, at_step: int, spoil: Any, amp: bool) -> tuple[str, str]:
     params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
     optimizer = VARIANTS[variant]([{"params": [p]} for p in params], **LIVELY, process_group=dist.group.WORLD)
     for step in range(at_step + 1):
         for param in params:
             param.grad = torch.ones(4) + step
+        if amp:
+            optimizer.found_inf = torch.tensor(0.0)
         if step == at_step and dist.get_rank() == 1:
             spoil(optimizer)
         try:
@@ -259,11 +262,12 @@ def step_that_fails_on_one_rank(variant: str, at_step: int, spoil: Any) -> tuple
         ("Smoothed", _bad_gradient, "gradient has shape (4,), expected (9,)"),
     ],
 )
+@pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("at_step", [0, 2])
 def test_a_step_that_fails_on_one_rank_fails_on_all(
-    world2: World, variant: str, at_step: int, spoil: Any, error: str
+    world2: World, variant: str, at_step: int, amp: bool, spoil: Any, error: str
 ) -> None:
-    (kind, message), (own_kind, own_message) = world2.run(step_that_fails_on_one_rank, variant, at_step, spoil)
+    (kind, message), (own_kind, own_message) = world2.run(step_that_fails_on_one_rank, variant, at_step, spoil, amp)
     assert own_kind == "ValueError"
     assert error in own_message
     assert kind == "RanksDisagreeError"
@@ -494,3 +498,75 @@ def overflow_on_a_sharded_model(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_overflow_changes_nothing(world2: World, variant: str) -> None:
     world2.run(overflow_on_a_sharded_model, variant)
+
+
+def overflow_on_one_rank(variant: str, use_group: bool, deferred: bool, fused: bool) -> None:
+    """`found_inf` as a scaler sets it that looks at this rank's gradients only: all skip the step, like one process."""
+    mesh = init_device_mesh("cpu", (2,))
+    rank = dist.get_rank()
+    whole = nn.Parameter(torch.linspace(1.0, 2.0, 6))
+    part = whole.detach().chunk(2)[rank].clone()
+    param = nn.Parameter(part if use_group else distribute_tensor(whole.detach(), mesh, [Shard(0)]))
+    options = {**LIVELY, "deferred": deferred, "fused": fused}
+    optimizer = VARIANTS[variant]([param], **options, process_group=dist.group.WORLD if use_group else None)
+    alone = VARIANTS[variant]([whole], **options)
+    for step in range(6):
+        whole.grad = torch.randn(6, generator=torch.Generator().manual_seed(step)) + 1.0
+        part = whole.grad.chunk(2)[rank].clone()
+        param.grad = part if use_group else distribute_tensor(whole.grad, mesh, [Shard(0)], src_data_rank=None)
+        overflow_here, overflow = (step == 2 and rank == 1) or step == 4, step in (2, 4)
+        optimizer.found_inf, alone.found_inf = torch.tensor([float(overflow_here)]), torch.tensor(float(overflow))
+        optimizer.step()
+        alone.step()
+        assert optimizer.found_inf.item() == overflow_here
+        assert optimizer.state[param]["step"] == alone.state[whole]["step"]
+        mine = param if use_group else param.to_local()
+        torch.testing.assert_close(mine.detach(), whole.detach().chunk(2)[rank], rtol=1e-5, atol=1e-6)
+        scale = optimizer.lr_scales()[0].item()
+        assert on_all_ranks(scale) == [scale] * 2
+        assert scale == pytest.approx(alone.lr_scales()[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+@pytest.mark.parametrize("use_group", [False, True], ids=["dtensor", "process_group"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_overflow_on_one_rank_skips_the_step_on_all(
+    world2: World, variant: str, use_group: bool, deferred: bool, fused: bool
+) -> None:
+    if fused and (reason := why_not_core("cpu", torch.float32)):
+        pytest.skip(reason)
+    world2.run(overflow_on_one_rank, variant, use_group, deferred, fused)
+
+
+def scaled_training(variant: str, fused_amp: bool) -> float:
+    """A GradScaler, with an overflow in the shard of one rank; the largest difference from one process."""
+    make = functools.partial(VARIANTS[variant], **LIVELY)
+    model = make_model(torch.float32)
+    sharded = LAYOUTS["fsdp2-2"][1](make_model(torch.float32), make)
+    alone = Sharded(model, make(model.parameters()), 0, 1)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) for _ in range(2)]
+    for step in range(8):
+        for run, scaler in zip((sharded, alone), scalers, strict=True):
+            run.optimizer.enable_fused_amp(fused_amp)
+            run.backward(step, torch.float32, scaler.scale)
+        if step == 4:
+            model.up.weight.grad[-1, -1] = torch.inf
+            part = sharded.model.up.weight.grad.to_local()
+            if dist.get_rank() == dist.get_world_size() - 1:
+                part[-1, -1] = torch.inf
+        for run, scaler in zip((sharded, alone), scalers, strict=True):
+            scaler.step(run.optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        scale = sharded.optimizer.lr_scales()[0].tolist()
+        assert all(other == scale for other in on_all_ranks(scale))
+    assert {int(entry["step"]) for entry in sharded.optimizer.state.values()} == {7}
+    params = full_parameters(sharded)
+    return max((params[name] - param).abs().max().item() for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("fused_amp", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_grad_scaler_finds_the_overflow_of_any_rank(world2: World, variant: str, fused_amp: bool) -> None:
+    assert max(world2.run(scaled_training, variant, fused_amp)) < 1e-5
