@@ -80,11 +80,15 @@ def test_one_collective_per_mesh_over_the_ranks_that_shard(worlds, layout: str, 
 
 
 def objects_over_steps(layout: str, variant: str) -> list[tuple[int, int]]:
-    """Numbers of Python objects and of tensors after every 50 steps."""
+    """Numbers of Python objects and of tensors after every 50 steps, each with fresh gradients."""
     sharded = LAYOUTS[layout][1](make_model(), functools.partial(VARIANTS[variant], **LIVELY))
+    sharded.step(0)
+    gradients = [(param, param.grad) for param in sharded.model.parameters()]
     counts = []
     for step in range(300):
-        sharded.step(0)
+        for param, grad in gradients:
+            param.grad = grad.clone()
+        sharded.optimizer.step()
         if step % 50 == 49:
             gc.collect()
             objects = gc.get_objects()

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TIMEOUT = 150.0
 
 
-def run(*command: str) -> str:
+def run(*command: str, **environment: str) -> str:
     """Output of a program in a session of its own, which ends with it, on loopback."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     process = subprocess.Popen(
@@ -24,7 +24,13 @@ def run(*command: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": loopback,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **environment,
+        },
     )
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
@@ -42,12 +48,36 @@ def torchrun(*arguments: str) -> str:
     return run("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", *arguments)
 
 
+def run_alone(*command: str) -> str:
+    """As torchrun starts a single rank, without torchrun's own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return run(*command, **ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def run_main_twice(example: str, first: list[str], second: list[str]) -> tuple[str, str]:
+    """Outputs of an example's `main` with one command line and then with another; its imports take the longest."""
+    between = "-- second --"
+    code = (
+        f"import sys, {example}\n"
+        f"for arguments in ({first!r}, {second!r}):\n"
+        f"    sys.argv = [{example!r}, *arguments]\n"
+        f"    {example}.main()\n"
+        f"    print({between!r}, flush=True)\n"
+    )
+    outputs = run("-c", code, PYTHONPATH=os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    first_output, second_output, _ = outputs.split(between)
+    return first_output, second_output
+
+
 def test_fsdp2_example_saves_and_resumes_on_fewer_ranks(tmp_path: Path) -> None:
     program = (str(EXAMPLES / "fsdp2.py"), "--checkpoint", str(tmp_path))
     first = torchrun("--nproc-per-node", "2", *program, "--steps", "10")
     assert "2 ranks on cpu, from step 0 to 10" in first
     assert "step   10  loss" in first
-    second = torchrun("--nproc-per-node", "1", *program, "--steps", "20")
+    second = run_alone(*program, "--steps", "20")
     assert "1 ranks on cpu, from step 10 to 20" in second
     assert "step   20  loss" in second
 
@@ -68,22 +98,25 @@ def histograms(folder: Path) -> dict[str, int]:
 def test_hf_trainer_example(tmp_path: Path) -> None:
     for framework in ("transformers", "accelerate", "tensorboard"):
         pytest.importorskip(framework)
-    program = (str(EXAMPLES / "hf_trainer.py"), "--folder", str(tmp_path))
-    assert "clara/group0/lr_scale/median" in run(*program, "--steps", "10")
+    folder = ["--folder", str(tmp_path)]
+    first, second = run_main_twice("hf_trainer", [*folder, "--steps", "10"], [*folder, "--steps", "12", "--resume"])
+    assert "clara/group0/lr_scale/median" in first
     assert "clara/group0/lr_scale" in histograms(tmp_path)
     assert (tmp_path / "checkpoint-5").is_dir()
-    run(*program, "--steps", "12", "--resume")
+    assert "'train_runtime'" in second
     assert (tmp_path / "checkpoint-12").is_dir()
 
 
 def test_lightning_example(tmp_path: Path) -> None:
     for framework in ("lightning", "tensorboard"):
         pytest.importorskip(framework)
-    program = (str(EXAMPLES / "lightning_trainer.py"), "--folder", str(tmp_path))
-    assert "loss" in run(*program, "--steps", "10")
-    assert histograms(tmp_path) == {"clara/group0/lr_scale": 1}
-    (checkpoint,) = tmp_path.glob("**/*.ckpt")
-    assert "Restored all states" in run(*program, "--steps", "12", "--resume", str(checkpoint))
+    folder = ["--folder", str(tmp_path)]
+    checkpoint = tmp_path / "lightning_logs/version_0/checkpoints/epoch=0-step=10.ckpt"
+    resume = ["--steps", "12", "--resume", str(checkpoint)]
+    first, second = run_main_twice("lightning_trainer", [*folder, "--steps", "10"], [*folder, *resume])
+    assert "loss" in first
+    assert histograms(tmp_path / "lightning_logs/version_0") == {"clara/group0/lr_scale": 1}
+    assert "Restored all states" in second
 
 
 def test_self_test_agrees() -> None:
