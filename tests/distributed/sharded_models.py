@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,6 +97,32 @@ def fsdp2(model: Model, make: MakeOptimizer) -> Sharded:
     return Sharded(model, make(model.parameters()), dist.get_rank(), dist.get_world_size())
 
 
+def fsdp2_flattened(model: Model, make: MakeOptimizer) -> Sharded:
+    """Over all ranks of a mesh of two dimensions, made one."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("nodes", "ranks"))
+    _shard(model, mesh["nodes", "ranks"]._flatten("all"))
+    return Sharded(model, make(model.parameters()), dist.get_rank(), 4)
+
+
+def fsdp2_columns(model: Model, make: MakeOptimizer) -> Sharded:
+    """Matrices cut between columns, whose shards are not contiguous; the mesh is FSDP's default, made for each call."""
+
+    def columns(param: nn.Parameter) -> Shard:
+        return Shard(1 if param.ndim == 2 and param.shape[1] % dist.get_world_size() == 0 else 0)
+
+    for module in (model.up, model.down, model):
+        fully_shard(module, shard_placement_fn=columns)
+    return Sharded(model, make(model.parameters()), dist.get_rank(), dist.get_world_size())
+
+
+def fsdp1_in_halves(model: Model, make: MakeOptimizer) -> Sharded:
+    """Each half of the ranks shards and trains a copy, apart from the other half."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    half = halves[dist.get_rank() // 2]
+    wrapped = FullyShardedDataParallel(model, process_group=half, use_orig_params=True, device_id=torch.device("cpu"))
+    return Sharded(wrapped, make(wrapped.parameters(), process_group=half), dist.get_rank() % 2, 2)
+
+
 def hsdp(model: Model, make: MakeOptimizer) -> Sharded:
     _shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     return Sharded(model, make(model.parameters()), dist.get_rank(), 4)
@@ -151,6 +177,14 @@ LAYOUTS: dict[str, tuple[int, Callable[[Model, MakeOptimizer], Sharded]]] = {
     "fsdp1-4": (4, fsdp1),
     "zero1-2": (2, zero1),
     "ddp-2": (2, ddp),
+}
+
+
+# Further ways, tried with fewer variants.
+MORE_LAYOUTS: dict[str, tuple[int, Callable[[Model, MakeOptimizer], Sharded]]] = {
+    "fsdp2-flattened-2x2": (4, fsdp2_flattened),
+    "fsdp2-columns-2": (2, fsdp2_columns),
+    "fsdp1-in-halves": (4, fsdp1_in_halves),
 }
 
 

@@ -15,6 +15,7 @@ from ranks import World
 from sharded_models import (
     LAYOUTS,
     LIVELY,
+    MORE_LAYOUTS,
     VARIANTS,
     Sharded,
     full_parameters,
@@ -29,7 +30,7 @@ STEPS = 8
 def compare_runs(layout: str, variant: str, options: dict[str, Any], dtype: torch.dtype, tolerance: float) -> float:
     """Train sharded and alone; return how far the scales moved."""
     make = functools.partial(VARIANTS[variant], **{**LIVELY, **options})
-    sharded = LAYOUTS[layout][1](make_model(dtype), make)
+    sharded = (LAYOUTS | MORE_LAYOUTS)[layout][1](make_model(dtype), make)
     alone_model = make_model(dtype)
     alone = Sharded(alone_model, make(alone_model.parameters()), 0, 1)
     for step in range(STEPS):
@@ -63,6 +64,12 @@ def run(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_run_is_the_single_process_run(worlds, layout: str, variant: str, deferred: bool) -> None:
     run(worlds[LAYOUTS[layout][0]], layout, variant, deferred=deferred)
+
+
+@pytest.mark.parametrize("variant", ["Global", "Smoothed"])
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+def test_more_ways_to_shard(worlds, layout: str, variant: str) -> None:
+    run(worlds[MORE_LAYOUTS[layout][0]], layout, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
