@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "../tensor_list.h"
@@ -18,10 +19,13 @@ constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChun
 // Whether the loops serve this combination of storage types.
 bool supports(DType param, DType grad, DType path);
 
+// The size of the last-level cache, or a guess.
+int64_t last_level_cache_bytes();
+
 // How the tensors of a list are shared between threads: derived from sizes alone, so it lasts as long as the tensors.
 class Schedule {
  public:
-  Schedule(const TensorRecord* tensors, int64_t count, int threads);
+  Schedule(const TensorRecord* tensors, int64_t count, int threads, int64_t cache_bytes = last_level_cache_bytes());
 
   // A run of chunks of one tensor, or all chunks of several small ones.
   struct Span {
@@ -40,13 +44,24 @@ class Schedule {
   // The others, largest first, and ranges of them that are worth handing to a thread.
   const std::vector<int64_t>& own_tensors() const { return own_tensors_; }
   const std::vector<Range>& tasks() const { return tasks_; }
+  // The memory of each member for Note [Kept directions], and its size.
+  void* kept_directions(int member) const { return kept_.get() + member * kept_bytes_; }
+  int64_t kept_bytes() const { return kept_bytes_; }
 
  private:
+  struct AlignedDelete {
+    void operator()(char* block) const;
+  };
+
+  void allocate_kept_directions(int64_t largest_own_tensor, int64_t cache_bytes);
+
   int threads_;
   std::vector<Span> spans_;
   std::vector<int64_t> shared_tensors_;
   std::vector<int64_t> own_tensors_;
   std::vector<Range> tasks_;
+  std::unique_ptr<char[], AlignedDelete> kept_;
+  int64_t kept_bytes_ = 0;
 };
 
 // Every operation does nothing if *list.found_inf != 0. `partial_sums` are doubles.

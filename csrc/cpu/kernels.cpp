@@ -1,6 +1,8 @@
 // The loops over the elements of a chunk. Compiled once per instruction set (CLARA_CPU_ISA names it).
 #include "kernels.h"
 
+#include <type_traits>
+
 #include "storage.h"
 
 namespace clara {
@@ -32,6 +34,7 @@ struct Streams {
   T* v;
   T* v_max;
   Path* path;
+  T* direction;  // null: not kept
 
   explicit Streams(const Chunk& chunk)
       : param(static_cast<Param*>(chunk.param)),
@@ -39,7 +42,8 @@ struct Streams {
         m(static_cast<T*>(chunk.exp_avg)),
         v(static_cast<T*>(chunk.exp_avg_sq)),
         v_max(static_cast<T*>(chunk.max_exp_avg_sq)),
-        path(static_cast<Path*>(chunk.path)) {}
+        path(static_cast<Path*>(chunk.path)),
+        direction(static_cast<T*>(chunk.direction)) {}
 };
 
 // The last elements of a chunk, less than a vector, go through a padded copy: every element meets the same
@@ -53,7 +57,7 @@ class PaddedCopy {
   }
   void write_back() { std::memcpy(source_, elements, bytes_); }
 
-  Storage elements[kLanes<T>];
+  std::remove_const_t<Storage> elements[kLanes<T>];
 
  private:
   Storage* source_;
@@ -82,6 +86,9 @@ inline void measure_vector(const Streams& s, int64_t i, const MeasureCoefficient
     S::store(v, s.v_max + i);
   }
   const V direction = adam_direction(m, v, c.direction);
+  if constexpr (mode != MeasureMode::kApply) {
+    if (s.direction != nullptr) S::store(direction, s.direction + i);
+  }
   S::store(extended_path(S::load(s.path + i), direction, c), s.path + i);
   const V stored_path = S::load(s.path + i);
   sum += stored_path * stored_path;
@@ -113,6 +120,9 @@ double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const
     prefetch<T>(s.v + i, kPrefetchLines);
     prefetch<T>(s.path + i, kPrefetchLines);
     if constexpr (mode != MeasureMode::kPlain) prefetch<T>(s.param + i, kPrefetchLines);
+    if constexpr (mode != MeasureMode::kApply) {
+      if (s.direction != nullptr) prefetch<T>(s.direction + i, kPrefetchLines);
+    }
     if constexpr (amsgrad) prefetch<T>(s.v_max + i, kPrefetchLines);
     for (int64_t j = i; j < i + kStep; j += kLanes<T>) measure_vector<T, mode, amsgrad>(s, j, c, a, sum);
   }
@@ -130,6 +140,7 @@ double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const
     padded.v = v.elements;
     padded.v_max = v_max.elements;
     padded.path = path.elements;
+    if (s.direction != nullptr) padded.direction = s.direction + i;  // there is room for a whole chunk
     if constexpr (mode == MeasureMode::kPlain) {
       measure_vector<T, mode, amsgrad>(padded, 0, c, a, sum);
     } else {
@@ -153,39 +164,82 @@ double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const
 // Apply
 // ---------------------------------------------------------------------------------------------------------------
 
+// Adam's step, computed anew from the moments.
+template <typename T>
+struct DirectionOfMoments {
+  using V = typename VectorOf<T>::type;
+  const T* m;
+  const T* v;
+
+  void prefetch_before(int64_t i) const {
+    prefetch<T>(m + i, -kPrefetchLines);
+    prefetch<T>(v + i, -kPrefetchLines);
+  }
+  V at(int64_t i, const ApplyCoefficients<T>& a) const {
+    return adam_direction(Stored<V>::load(m + i), Stored<V>::load(v + i), a.direction);
+  }
+  V rest_at(int64_t i, int64_t count, const ApplyCoefficients<T>& a) const {
+    const PaddedCopy<T, const T> m_rest(m + i, count, T(0)), v_rest(v + i, count, T(1));
+    return DirectionOfMoments{m_rest.elements, v_rest.elements}.at(0, a);
+  }
+};
+
+// Adam's step as measure left it: the same bits.
+template <typename T>
+struct KeptDirection {
+  using V = typename VectorOf<T>::type;
+  const T* direction;
+
+  void prefetch_before(int64_t i) const { prefetch<T>(direction + i, -kPrefetchLines); }
+  V at(int64_t i, const ApplyCoefficients<T>&) const { return Stored<V>::load(direction + i); }
+  V rest_at(int64_t i, int64_t, const ApplyCoefficients<T>& a) const { return at(i, a); }
+};
+
 template <typename T, typename Param>
-inline void apply_vector(Param* param, const T* m, const T* v, const ApplyCoefficients<T>& a) {
+inline void apply_vector(Param* param, typename VectorOf<T>::type direction, const ApplyCoefficients<T>& a) {
   using S = Stored<typename VectorOf<T>::type>;
-  const auto direction = adam_direction(S::load(m), S::load(v), a.direction);
   S::store(updated_parameter(S::load(param), direction, a), param);
+}
+
+template <typename T, typename Param, typename Direction>
+inline void apply_directions(Param* param, int64_t numel, const Direction direction, const ApplyCoefficients<T> a) {
+  constexpr int64_t kStep = kElementsPerLine<T>;
+  const auto vectors = [&](int64_t first, int64_t last) {
+    for (int64_t i = last - kLanes<T>; i >= first; i -= kLanes<T>) apply_vector<T>(param + i, direction.at(i, a), a);
+  };
+  const auto line = [&](int64_t i) {
+    prefetch<T>(param + i, -kPrefetchLines);
+    direction.prefetch_before(i);
+    vectors(i, i + kStep);
+  };
+  // Backwards: the tail is what measure left in the cache.
+  int64_t end = numel;
+  if (const int64_t rest = end % kLanes<T>; rest > 0) {
+    end -= rest;
+    PaddedCopy<T, Param> param_rest(param + end, rest, T(0));
+    apply_vector<T>(param_rest.elements, direction.rest_at(end, rest, a), a);
+    param_rest.write_back();
+  }
+  // Both halves at once: two or three streams alone leave the memory idle at times.
+  const int64_t half = end / (2 * kStep) * kStep;
+  vectors(2 * half, end);
+  for (int64_t i = half - kStep; i >= 0; i -= kStep) {
+    line(half + i);
+    line(i);
+  }
 }
 
 template <typename T, typename Param>
 void apply_chunk(const Chunk& chunk, const void* apply_coefficients) {
-  constexpr int64_t kStep = kElementsPerLine<T>;
   const auto a = *static_cast<const ApplyCoefficients<T>*>(apply_coefficients);
   Param* param = static_cast<Param*>(chunk.param);
-  T* m = static_cast<T*>(chunk.exp_avg);
-  T* v = static_cast<T*>(chunk.max_exp_avg_sq != nullptr ? chunk.max_exp_avg_sq : chunk.exp_avg_sq);
-  // Backwards: the tail is what measure left in the cache.
-  int64_t end = chunk.numel;
-  if (const int64_t rest = end % kLanes<T>; rest > 0) {
-    end -= rest;
-    PaddedCopy<T, Param> param_rest(param + end, rest, T(0));
-    PaddedCopy<T, T> m_rest(m + end, rest, T(0)), v_rest(v + end, rest, T(1));
-    apply_vector<T>(param_rest.elements, m_rest.elements, v_rest.elements, a);
-    param_rest.write_back();
+  if (chunk.direction != nullptr) {
+    apply_directions<T>(param, chunk.numel, KeptDirection<T>{static_cast<const T*>(chunk.direction)}, a);
+    return;
   }
-  for (; end % kStep != 0; end -= kLanes<T>) {
-    const int64_t i = end - kLanes<T>;
-    apply_vector<T>(param + i, m + i, v + i, a);
-  }
-  for (int64_t i = end - kStep; i >= 0; i -= kStep) {
-    prefetch<T>(param + i, -kPrefetchLines);
-    prefetch<T>(m + i, -kPrefetchLines);
-    prefetch<T>(v + i, -kPrefetchLines);
-    for (int64_t j = i + kStep - kLanes<T>; j >= i; j -= kLanes<T>) apply_vector<T>(param + j, m + j, v + j, a);
-  }
+  const void* v = chunk.max_exp_avg_sq != nullptr ? chunk.max_exp_avg_sq : chunk.exp_avg_sq;
+  const DirectionOfMoments<T> direction{static_cast<const T*>(chunk.exp_avg), static_cast<const T*>(v)};
+  apply_directions<T>(param, chunk.numel, direction, a);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

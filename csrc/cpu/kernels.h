@@ -15,6 +15,7 @@ struct Chunk {
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
   void* path;
+  void* direction;  // where measure leaves Adam's step for apply, in the arithmetic type; null: apply computes it anew
   int64_t numel;
 };
 

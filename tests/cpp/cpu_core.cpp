@@ -164,7 +164,8 @@ struct Model {
     options.scale_low = 1e-4, options.scale_high = 1e4;
   }
 
-  void run(int steps_to_take, int threads, bool in_one_go, float found_inf = 0.0f) {
+  void run(int steps_to_take, int threads, bool in_one_go, float found_inf = 0.0f,
+           int64_t cache_bytes = cpu::last_level_cache_bytes()) {
     options.reference = {table.data(), static_cast<int64_t>(table.size()), random_walk_limit(0.9, 0.2),
                          random_walk_log_tail_decay(0.2)};
     std::vector<TensorRecord> records;
@@ -193,7 +194,7 @@ struct Model {
     list.param_dtype = c.param, list.grad_dtype = c.grad, list.path_dtype = c.path;
     list.variant = c.variant;
     list.deferred = c.deferred;
-    const cpu::Schedule schedule(records.data(), list.count, threads);
+    const cpu::Schedule schedule(records.data(), list.count, threads, cache_bytes);
     for (int t = 0; t < steps_to_take; ++t) {
       if (in_one_go) {
         cpu::step(list, schedule);
@@ -254,6 +255,12 @@ void check(const Case& c) {
   check_first_step(c);
   Model once(c), threaded(c), verbs(c), skipped(c);
   once.run(3, 1, true);
+  // Directions are kept between measure and apply in a part of the cache: of no chunk, of some, of all.
+  for (const int64_t cache_bytes : {int64_t{0}, 8 * 2 * cpu::kChunk * int64_t{sizeof(double)}, int64_t{1} << 30}) {
+    Model kept(c);
+    kept.run(3, 1, true, 0.0f, cache_bytes);
+    expect(kept.same_bits(once), c.name() + ": differs with a cache of " + std::to_string(cache_bytes) + " bytes");
+  }
   threaded.run(3, 3, true);
   expect(threaded.same_bits(once), c.name() + ": differs between 1 and 3 threads");
   if (c.variant != Variant::kGlobal) {
