@@ -18,6 +18,8 @@ from . import adaptation, core_backend, sharding, state, torch_backend, validati
 from .batches import Batch, Location, StepInputs, TensorWork, moved
 from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, option_values, read_options
 
+# A step tries them in vain when it has changed otherwise, so few.
+_MAX_IDLE_PLANS = 3
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_max_temporary_bytes", "_step_supports_amp_scaling")
 
@@ -63,7 +65,11 @@ class AdamClara(Optimizer):
     variant: ClassVar[Variant]
 
     fused: bool | None
+    # Plans of the core: the last step's; lately used ones for other sets of gradients, latest first (a step that
+    # alternates between losses); those that a CUDA graph has captured, whose tables on the device it goes on using.
     _plan: core_backend.Plan | None = None
+    _idle_plans: tuple[core_backend.Plan, ...] = ()
+    _captured_plans: tuple[core_backend.Plan, ...] = ()
     # Read by GradScaler and by frameworks; see enable_fused_amp.
     _step_supports_amp_scaling: bool = False
 
@@ -149,12 +155,11 @@ class AdamClara(Optimizer):
     def process_group(self, group: Any) -> None:
         validation.check_process_group(group)
         self._process_group = sharding.ProcessGroupReference(group)
-        self._drop_plan()
+        self._drop_plans()
 
     def _forget_caches(self) -> None:
         """Drop what was derived from groups, parameters and state; the next step derives it anew."""
-        self._drop_plan()
-        self._captured_plans: list[core_backend.Plan] = getattr(self, "_captured_plans", [])
+        self._drop_plans()
         self._whole_sums: sharding.WholeTensorSums | None = None
         self._hyperparameters: tuple[object, list[str]] = (None, [])
         # Scales of sharded parameters that other ranks have stepped and this one has not: they have no state here.
@@ -249,7 +254,7 @@ class AdamClara(Optimizer):
                 planned = self._planned_batches(inputs)
         if planned is not None:
             return inputs, planned, True
-        self._drop_plan()
+        self._drop_plans(keep_idle=_MAX_IDLE_PLANS)
         return inputs, self._batches(self._collect(inputs.options), inputs), False
 
     def _fail_on_other_ranks(self, error: Exception) -> None:
@@ -266,19 +271,35 @@ class AdamClara(Optimizer):
 
     def _planned_batches(self, inputs: StepInputs) -> Sequence[Batch] | None:
         """The batches of the step before, ready for this one, if nothing but gradients has changed since."""
-        if self._plan is None or self.fused is False:
-            return None
-        if not self._plan.prepare(self.param_groups, self.state, inputs):
+        if self.fused is False or not self._find_plan(inputs) or self._plan is None:
             return None
         if self._whole_sums is not None and not sharding.gradients_lie_as_parameters(self.param_groups):
             return None
         return self._plan.batches
 
-    def _drop_plan(self) -> None:
-        if self._plan is not None and self._plan.captured:
-            # A CUDA graph goes on using its tables on the device, as it does the parameters and the state.
-            self._captured_plans.append(self._plan)
-        self._plan = None
+    def _find_plan(self, inputs: StepInputs) -> bool:
+        """Whether there is a plan that stands for what is in groups and state now; it is the one in use then."""
+        if self._plan is not None and self._plan.prepare(self.param_groups, self.state, inputs):
+            return True
+        for plan in self._idle_plans:
+            if plan.prepare(self.param_groups, self.state, inputs):
+                self._set_plan_aside()
+                self._idle_plans = tuple(idle for idle in self._idle_plans if idle is not plan)
+                self._plan = plan
+                return True
+        return False
+
+    def _set_plan_aside(self) -> None:
+        if self._plan is not None:
+            self._idle_plans = (self._plan, *self._idle_plans)
+            self._plan = None
+
+    def _drop_plans(self, keep_idle: int = 0) -> None:
+        """Forget all plans but the `keep_idle` latest ones."""
+        self._set_plan_aside()
+        dropped = self._idle_plans[keep_idle:]
+        self._idle_plans = self._idle_plans[:keep_idle]
+        self._captured_plans += tuple(plan for plan in dropped if plan.captured)
 
     def _make_plan(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
         if self._whole_sums is None or sharding.gradients_lie_as_parameters(self.param_groups):
@@ -419,12 +440,13 @@ class AdamClara(Optimizer):
                 "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
             )
         if not sharding.needs_sums(self.param_groups, self.process_group):
-            self._drop_plan()
-            self._whole_sums = None
+            if self._whole_sums is not None:
+                self._drop_plans()
+                self._whole_sums = None
         elif self._whole_sums is None or not self._whole_sums.serves(self.param_groups, self.process_group):
             for group_index, param_index, param in self._enumerate_params():
                 validation.check_placements(param, group_index, param_index)
-            self._drop_plan()
+            self._drop_plans()
             self._whole_sums = sharding.WholeTensorSums(
                 self.param_groups,
                 self.process_group,

@@ -402,6 +402,28 @@ def test_switching_the_core_off_takes_effect() -> None:
     assert optimizer._plan is None
 
 
+def test_plans_of_alternating_sets_of_gradients_are_kept() -> None:
+    """Two losses in turn, say. Each of the steps is compared with PyTorch's."""
+    params = [torch.nn.Parameter(torch.randn(5)) for _ in range(3)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, other = VARIANTS["Global"](params, fused=True), VARIANTS["Global"](twins, fused=False)
+    used = []
+    for step in range(16):
+        idle = step % 3 if step < 12 else step % 2
+        for index, (param, twin) in enumerate(zip(params, twins, strict=True)):
+            param.grad = None if index == idle else torch.randn(5)
+            twin.grad = param.grad
+        optimizer.step()
+        other.step()
+        used.append(optimizer._plan)
+        for param, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(param, twin)
+    # A plan knows the state of all parameters, which was complete after the second step.
+    assert len({id(plan) for plan in used[2:]}) == 3
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer._plan is None and not optimizer._idle_plans
+
+
 def test_state_that_cannot_be_watched_costs_the_plan_alone() -> None:
     param, optimizer = one_parameter()
     idle = torch.nn.Parameter(torch.randn(3))
