@@ -264,7 +264,7 @@ class AdamClara(Optimizer):
         # What the others make of it is theirs to raise; this rank has its own error.
         with contextlib.suppress(RuntimeError):
             if self._whole_sums is not None and self._whole_sums.serves(self.param_groups, self.process_group):
-                self._whole_sums.send_failure(getattr(self, "found_inf", None))
+                self._whole_sums.send_failure(self._amp_scalar("found_inf"))
             else:
                 is_global = self.variant is Variant.GLOBAL
                 sharding.WholeTensorSums(self.param_groups, self.process_group, is_global, [f"error: {error}"])

@@ -242,7 +242,8 @@ def step_that_fails_on_one_rank(variant: str, at_step: int, spoil: Any, amp: boo
         for param in params:
             param.grad = torch.ones(4) + step
         if amp:
-            optimizer.found_inf = torch.tensor(0.0)
+            # The number 0 is what a GradScaler finds on a rank without gradients.
+            optimizer.found_inf = torch.tensor(0.0) if dist.get_rank() == 0 else 0
         if step == at_step and dist.get_rank() == 1:
             spoil(optimizer)
         try:
