@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -126,6 +127,20 @@ def test_scale_counts_elements_not_tensors(fused: bool) -> None:
     for values, scale in runs[1:]:
         torch.testing.assert_close(scale, runs[0][1], rtol=1e-6, atol=0)
         torch.testing.assert_close(values, runs[0][0], rtol=1e-6, atol=1e-7)
+
+
+def test_the_sum_over_many_tensors_loses_nothing(fused: bool) -> None:
+    """A small damping magnifies whatever is lost on the way from the tensors' norms to the one scale."""
+    params = parameters([(3,)] * 1100, dtype=torch.float64)
+    options = {"damping": 0.005, "clip": None, "reference": 0.5, "scale_bounds": (1e-9, 1e9)}
+    optimizer = VARIANTS["Global"](params, fused=fused, **options)
+    train(optimizer, 3)
+    before = optimizer.lr_scales()[0][0].item()
+    train(optimizer, 1, first=3)
+    path_sq = math.fsum(optimizer.state[p]["path"].square().sum().item() for p in params)
+    expected = before * math.exp(0.05 / (2 * 0.005) * (path_sq / (3 * 1100 * 0.5) - 1.0))
+    assert 1e-8 < expected < 1e8
+    assert optimizer.lr_scales()[0][0].item() == pytest.approx(expected, rel=2e-7, abs=0.0)
 
 
 def test_scale_survives_the_loss_of_its_holders(fused: bool) -> None:
