@@ -20,6 +20,9 @@ from .options import GroupOptions, Variant
 _NEGLIGIBLE = 1e-12
 _MAX_TABLE_LENGTH = 1 << 20  # enough for beta1 up to 0.99997
 _SUM_BLOCK = 1024
+# Where the learning rate is right, batches still pull back what the last ones overdid, so the path is shorter than the
+# walk; docs/learning_rate.md has the measurements behind the number.
+_MEASURED_WALK_SHARE = 0.8
 
 
 def _check_walk(beta1: float, smoothing: float) -> None:
@@ -60,6 +63,11 @@ def _reference_table(beta1: float, smoothing: float) -> tuple[float, ...]:
     return tuple(table)
 
 
+def _step_variance(beta1: float, power: float) -> float:
+    """U_t for power = beta1^t: the expected square of one element of Adam's steps on pure-noise gradients."""
+    return (1.0 - beta1) / (1.0 + beta1) * (1.0 + power) / (1.0 - power)
+
+
 def _tail_decay(smoothing: float) -> float:
     """Logarithm of q^2: beyond the table the reference approaches its limit by this factor a step."""
     return 2.0 * math.log1p(-smoothing) if smoothing < 1.0 else -math.inf
@@ -87,8 +95,13 @@ def random_walk_reference(step: int, beta1: float, smoothing: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _reference_table_on(beta1: float, smoothing: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    table = torch.tensor(_reference_table(beta1, smoothing), dtype=dtype)
+def _reference_table_on(
+    beta1: float, smoothing: float, measured_walk: bool, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    values: Sequence[float] = _reference_table(beta1, smoothing)
+    if measured_walk:
+        values = [_MEASURED_WALK_SHARE * k / _step_variance(beta1, beta1**t) for t, k in enumerate(values, 1)]
+    table = torch.tensor(values, dtype=dtype)
     if device.type == "cuda":
         # From pinned memory the copy does not wait for the device.
         return table.pin_memory().to(device, non_blocking=True)
@@ -96,11 +109,16 @@ def _reference_table_on(beta1: float, smoothing: float, device: torch.device, dt
 
 
 def reference_at(steps: Tensor, options: GroupOptions) -> Tensor:
-    """kappa for a vector of step numbers (float, from 1), on their device and in their dtype."""
-    if options.reference is not None:
-        return torch.full_like(steps, options.reference)
-    table = _reference_table_on(options.beta1, options.smoothing, steps.device, steps.dtype)
+    """kappa for a vector of step numbers (float, from 1), on their device and in their dtype.
+
+    Under `measured_walk` the share of kappa_t / U_t, the walk's squared length in units of a step's.
+    """
+    if options.fixed_reference is not None:
+        return torch.full_like(steps, options.fixed_reference)
+    table = _reference_table_on(options.beta1, options.smoothing, options.measured_walk, steps.device, steps.dtype)
     limit = random_walk_limit(options.beta1, options.smoothing)
+    if options.measured_walk:
+        limit *= _MEASURED_WALK_SHARE / _step_variance(options.beta1, 0.0)
     tabulated = table.index_select(0, (steps - 1.0).clamp(0, len(table) - 1).to(torch.int64))
     steps_beyond = (steps - len(table)).clamp(min=0.0)
     decay = _tail_decay(options.smoothing)
@@ -114,7 +132,7 @@ def adapted_scales(scales: Tensor, sums: Tensor, options: GroupOptions, variant:
 
     Args:
         scales: mu, any shape.
-        sums: [..., 2], the path's squared norm N and its random-walk expectation n * kappa.
+        sums: [..., 2], the path's squared norm N and its random-walk expectation.
 
     Returns:
         the new mu; unchanged where adaptation is off, the ratio is not finite, or nothing has moved yet.
@@ -123,7 +141,8 @@ def adapted_scales(scales: Tensor, sums: Tensor, options: GroupOptions, variant:
         return scales
     path_sq, expected_path_sq = sums.unbind(-1)
     ratio = path_sq / expected_path_sq
-    factor = torch.exp(options.factor_gain * (ratio - 1.0)).clamp(*options.clip)
+    excess = torch.log(ratio) if options.measured_walk else ratio - 1.0
+    factor = torch.exp(options.factor_gain * excess).clamp(*options.clip)
     previous = scales.to(sums.dtype)
     proposed = previous * factor if options.accumulate else factor
     if variant is Variant.SMOOTHED:

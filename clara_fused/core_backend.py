@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from . import _core
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# Tables of the random-walk reference kept on a device, one per (beta1, smoothing) in use lately.
+# Tables of walks kept on a device, one per (beta1, smoothing, whether its steps are measured) in use lately.
 _MAX_REFERENCES = 64
 _REINSTALL = "reinstall clara_fused on a machine with a C++ compiler (`pip install --force-reinstall --no-deps .`)"
 
@@ -382,7 +382,7 @@ class _Groups:
         self._options: list[GroupOptions | None] = [None] * group_count
         self._lrs: list[float | Tensor] = []
         self.uploads = _Uploads(device)
-        self._references: dict[tuple[float, float], Tensor] = {}
+        self._references: dict[tuple[float, float, bool], Tensor] = {}
 
     def update(self, inputs: StepInputs) -> None:
         self._lrs = [self._on_device(lr) if isinstance(lr, Tensor) else lr for lr in inputs.lrs]
@@ -412,7 +412,8 @@ class _Groups:
             decoupled_weight_decay=options.decoupled_weight_decay,
             smoothing=options.smoothing,
             damping=options.damping,
-            reference=options.reference,
+            reference=options.fixed_reference,
+            measured_walk=options.measured_walk,
             clip_low=options.clip[0],
             clip_high=options.clip[1],
             accumulate=options.accumulate,
@@ -421,20 +422,23 @@ class _Groups:
             adapt_lr=options.adapt_lr,
             lr_smoothing=options.lr_smoothing,
         )
-        if self._device.type == "cuda" and options.reference is None:
-            self.table.set_reference_address(group, self._reference(options.beta1, options.smoothing).data_ptr())
+        if self._device.type == "cuda" and options.fixed_reference is None:
+            self.table.set_reference_address(group, self._reference(options).data_ptr())
 
-    def _reference(self, beta1: float, smoothing: float) -> Tensor:
-        """The random-walk reference on the device."""
-        if (beta1, smoothing) not in self._references:
-            values = torch.tensor(_core_module().random_walk_table(beta1, smoothing), dtype=torch.float64).pin_memory()
+    def _reference(self, options: GroupOptions) -> Tensor:
+        """The table of the group's walk on the device."""
+        key = (options.beta1, options.smoothing, options.measured_walk)
+        if key not in self._references:
+            core = _core_module()
+            tabulate = core.measured_walk_table if options.measured_walk else core.random_walk_table
+            values = torch.tensor(tabulate(options.beta1, options.smoothing), dtype=torch.float64).pin_memory()
             reference = torch.empty(len(values), dtype=torch.float64, device=self._device)
             self.uploads.send(values, reference)
             if len(self._references) >= _MAX_REFERENCES:
                 # A schedule of betas: the oldest is long out of use, and freed in the order of the stream.
                 self._references.pop(next(iter(self._references)))
-            self._references[beta1, smoothing] = reference
-        return self._references[beta1, smoothing]
+            self._references[key] = reference
+        return self._references[key]
 
 
 def batches_of(works: Sequence[TensorWork], inputs: StepInputs, variant: Variant) -> list[CoreBatch]:

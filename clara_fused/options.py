@@ -59,8 +59,7 @@ GLOBAL_OPTION_NAMES = (
 class GroupOptions:
     """Options of one param group, in the names of `docs/algorithm.md`; floats throughout.
 
-    `reference` is None for the random walk, `clip` is (0, inf) for "not clipped", `lr_smoothing` is None except
-    under AdamClaraSmoothed.
+    `clip` is (0, inf) for "not clipped", `lr_smoothing` is None except under AdamClaraSmoothed.
     """
 
     beta1: float
@@ -72,7 +71,7 @@ class GroupOptions:
     decoupled_weight_decay: bool
     smoothing: float
     damping: float
-    reference: float | None
+    reference: str | float
     clip: tuple[float, float]
     accumulate: bool
     deferred: bool
@@ -81,6 +80,16 @@ class GroupOptions:
     adapt_lr: bool
     path_dtype: torch.dtype | None
     lr_smoothing: float | None
+
+    @property
+    def fixed_reference(self) -> float | None:
+        """The number that the path is compared with; None for a walk."""
+        return None if isinstance(self.reference, str) else self.reference
+
+    @property
+    def measured_walk(self) -> bool:
+        """Whether the walk's steps are as long as the one just measured, not as pure noise would make them."""
+        return self.reference == "measured_walk"
 
     @property
     def path_decay(self) -> float:
@@ -128,7 +137,7 @@ def read_options(group: Mapping[str, Any], group_index: int, variant: Variant) -
         decoupled_weight_decay=bool(group["decoupled_weight_decay"]),
         smoothing=float(group["smoothing"]),
         damping=float(group["damping"]),
-        reference=None if reference == "random_walk" else float(reference),
+        reference=reference if isinstance(reference, str) else float(reference),
         clip=(0.0, math.inf) if clip is None else (float(clip[0]), float(clip[1])),
         accumulate=bool(group["accumulate"]),
         deferred=bool(group["deferred"]),

@@ -82,6 +82,11 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     return adaptation.fixed_order_sum(blocks.to(_scalar_dtype(tensor.device)))
 
 
+def _totals(pieces: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The sum of each tensor's pieces, [n]."""
+    return torch.stack([adaptation.fixed_order_sum(torch.stack(list(norms))) for norms in pieces])
+
+
 def _scalar_dtype(device: torch.device) -> torch.dtype:
     """Dtype of per-tensor scalars: a few numbers, so full precision wherever there is any."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -147,19 +152,32 @@ class TorchBatch:
         return profiler_range(verb, self.variant, len(self.works))
 
     def _measure(self) -> Tensor:
-        norms: list[list[Tensor]] = [[] for _ in self.works]
+        path_norms: list[list[Tensor]] = [[] for _ in self.works]
+        step_norms: list[list[Tensor]] = [[] for _ in self.works]
         for chunk in self._chunks():
-            for row, norm in zip(chunk.rows, self._measure_chunk(chunk), strict=True):
-                norms[row].append(norm)
-        path_sq = torch.stack([adaptation.fixed_order_sum(torch.stack(pieces)) for pieces in norms])
+            of_path, of_step = self._measure_chunk(chunk)
+            for row, norm in zip(chunk.rows, of_path, strict=True):
+                path_norms[row].append(norm)
+            if self.options.measured_walk:
+                for row, norm in zip(chunk.rows, of_step, strict=True):
+                    step_norms[row].append(norm)
+        return torch.stack([_totals(path_norms), self._expected_path_sq(step_norms)], dim=-1)
+
+    def _expected_path_sq(self, step_norms: list[list[Tensor]]) -> Tensor:
+        """What a walk in place of the path is expected to give, [n]."""
         reference = adaptation.reference_at(self._step_numbers, self.options)
+        if self.options.measured_walk:
+            return _totals(step_norms) * reference
         # As arguments of kernels: a copy from the host would be repeated by a CUDA graph that has captured it, from
         # memory that has long been somebody else's.
-        expected = torch._foreach_mul(list(reference.unbind()), [work.param.numel() for work in self.works])
-        return torch.stack([path_sq, torch.stack(expected)], dim=-1)
+        return torch.stack(torch._foreach_mul(list(reference.unbind()), [work.param.numel() for work in self.works]))
 
-    def _measure_chunk(self, chunk: Chunk) -> list[Tensor]:
-        """Update moments and path of a chunk; return the squared norm of each piece of the path."""
+    def _measure_chunk(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
+        """Update moments and path of a chunk.
+
+        Returns:
+            the squared norm of each piece of the path; that of each piece of the step, or nothing if nobody asks.
+        """
         changed = [*chunk.exp_avgs, *chunk.exp_avg_sqs, *chunk.paths, *chunk.max_exp_avg_sqs]
         if self.options.deferred:
             changed += chunk.params
@@ -167,10 +185,11 @@ class TorchBatch:
             self._update_moments(chunk)
             direction = self._direction(chunk)
             self._extend_path(chunk, direction)
+            step_norms = [sum_of_squares(step) for step in direction] if self.options.measured_walk else []
             if self.options.deferred:
                 self._move_params(chunk, direction)
             del direction
-        return [sum_of_squares(path) for path in _as(chunk.paths, self.arithmetic)]
+        return [sum_of_squares(path) for path in _as(chunk.paths, self.arithmetic)], step_norms
 
     def _update_moments(self, chunk: Chunk) -> None:
         options, grads = self.options, self._effective_gradients(chunk)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PATH_DTYPES = (None, torch.float32, torch.bfloat16)
+_WALKS = ("random_walk", "measured_walk")
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -130,15 +131,17 @@ def check_options(group: Mapping[str, Any], group_index: int, *, smoothed: bool)
 
 
 def _check_reference(reference: object, group_index: int) -> None:
-    if reference == "random_walk":
+    if isinstance(reference, str) and reference in _WALKS:
         return
     if not _is_real(reference) and not isinstance(reference, str):
         raise TypeError(
-            f"param group {group_index}: reference must be 'random_walk' or a number > 0, got {reference!r}"
+            f"param group {group_index}: reference must be 'random_walk', 'measured_walk' or a number > 0, "
+            f"got {reference!r}"
         )
     if isinstance(reference, str) or not cast(float, reference) > 0.0:
         raise ValueError(
-            f"param group {group_index}: Invalid reference value: {reference!r} (expected 'random_walk' or > 0)"
+            f"param group {group_index}: Invalid reference value: {reference!r} "
+            f"(expected 'random_walk', 'measured_walk' or > 0)"
         )
 
 

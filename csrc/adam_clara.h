@@ -24,7 +24,8 @@ namespace clara {
 // ---------------------------------------------------------------------------------------------------------------
 
 // Where kappa_t comes from: `table[t-1]` for t <= length, then the geometric approach to the limit that is left once
-// Adam's bias correction has died out. A fixed reference is a table of length 0 whose limit is that number.
+// Adam's bias correction has died out. A fixed reference is a table of length 0 whose limit is that number. For a walk
+// of measured steps see measured_walk_table.
 struct ReferenceTable {
   const double* values;  // on the device of the tensors
   int64_t length;
@@ -37,6 +38,12 @@ enum class ScaleRule : int32_t {
   kSmoothed,  // Smoothed: mu follows a moving average with weight lr_smoothing
 };
 
+// What the reference is counted in.
+enum class WalkUnit : int32_t {
+  kElement,      // the tensor's elements: steps as long as pure noise makes them
+  kStepSquared,  // the squares of the step just measured
+};
+
 struct GroupOptions {
   double lr;
   const void* lr_tensor;        // one element on the tensors' device; null: use lr
@@ -46,6 +53,8 @@ struct GroupOptions {
   int32_t accumulate;
   int32_t adapt_lr;
   ScaleRule scale_rule;
+  WalkUnit walk_unit;
+  int32_t reserved;
   double beta1, beta2;
   double log_beta1, log_beta2;  // natural logarithms, from the host in double; -inf for 0
   double eps;
@@ -191,12 +200,19 @@ CLARA_HD double random_walk_reference(const ReferenceTable& table, int64_t step)
   return table.limit + excess * std::exp(static_cast<double>(step - table.length) * table.log_tail_decay);
 }
 
-// The next mu from the path's squared norm N and its expectation n*kappa (sums over tensors under Global). mu stays
-// when adaptation is off, when the ratio is not finite and when nothing has moved yet.
+// What a walk in place of the path is expected to give for N.
+CLARA_HD double expected_path_sq(const GroupOptions& options, int64_t step, int64_t numel, double step_sq) {
+  const double kappa = random_walk_reference(options.reference, step);
+  return kappa * (options.walk_unit == WalkUnit::kElement ? static_cast<double>(numel) : step_sq);
+}
+
+// The next mu from the path's squared norm N and its expectation (sums over tensors under Global). mu stays when
+// adaptation is off, when the ratio is not finite and when nothing has moved yet.
 CLARA_HD float adapted_scale(float scale, double path_sq, double expected_path_sq, const GroupOptions& options) {
   const double ratio = path_sq / expected_path_sq;
   if (!options.adapt_lr || path_sq == 0.0 || !(std::fabs(ratio) <= 1.7976931348623157e308)) return scale;
-  double factor = std::exp(options.factor_gain * (ratio - 1.0));
+  const double excess = options.walk_unit == WalkUnit::kElement ? ratio - 1.0 : std::log(ratio);
+  double factor = std::exp(options.factor_gain * excess);
   factor = factor < options.clip_low ? options.clip_low : (factor > options.clip_high ? options.clip_high : factor);
   const double previous = static_cast<double>(scale);
   double next = options.accumulate ? previous * factor : factor;

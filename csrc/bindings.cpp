@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -44,8 +45,8 @@ class GroupTable {
   // lr is set on its own, because it may change at every step.
   void set(int64_t group, double beta1, double beta2, double eps, double weight_decay, bool maximize,
            bool decoupled_weight_decay, double smoothing, double damping, std::optional<double> reference,
-           double clip_low, double clip_high, bool accumulate, double scale_low, double scale_high, bool adapt_lr,
-           std::optional<double> lr_smoothing) {
+           bool measured_walk, double clip_low, double clip_high, bool accumulate, double scale_low, double scale_high,
+           bool adapt_lr, std::optional<double> lr_smoothing) {
     GroupOptions& o = options.at(static_cast<size_t>(group));
     o.maximize = maximize;
     o.decoupled_weight_decay = decoupled_weight_decay;
@@ -61,6 +62,7 @@ class GroupTable {
     o.path_decay = 1.0 - smoothing;
     o.path_gain = std::sqrt(smoothing * (2.0 - smoothing));
     o.factor_gain = smoothing / (2.0 * damping);
+    o.walk_unit = measured_walk ? WalkUnit::kStepSquared : WalkUnit::kElement;
     o.clip_low = clip_low;
     o.clip_high = clip_high;
     o.lr_smoothing = lr_smoothing.value_or(0.0);
@@ -71,9 +73,9 @@ class GroupTable {
       table.reset();
       o.reference = {nullptr, 0, *reference, 0.0};
     } else {
-      table = shared_table(beta1, smoothing);
-      o.reference = {table->data(), static_cast<int64_t>(table->size()), random_walk_limit(beta1, smoothing),
-                     random_walk_log_tail_decay(smoothing)};
+      table = shared_table(beta1, smoothing, measured_walk);
+      const double limit = measured_walk ? measured_walk_limit(beta1, smoothing) : random_walk_limit(beta1, smoothing);
+      o.reference = {table->data(), static_cast<int64_t>(table->size()), limit, random_walk_log_tail_decay(smoothing)};
     }
   }
 
@@ -87,7 +89,7 @@ class GroupTable {
     options[static_cast<size_t>(group)].lr_tensor_is_double = is_double;
   }
 
-  // For a CUDA device: the values of the group's random-walk reference, in its memory.
+  // For a CUDA device: the values of the group's walk, in its memory.
   void set_reference_address(int64_t group, Address values) {
     options.at(static_cast<size_t>(group)).reference.values = pointer<const double>(values);
   }
@@ -95,13 +97,17 @@ class GroupTable {
   std::vector<GroupOptions> options;
 
  private:
+  using TableKey = std::tuple<double, double, bool>;
+
   // Groups mostly agree on beta1 and smoothing.
-  std::shared_ptr<const std::vector<double>> shared_table(double beta1, double smoothing) {
-    std::shared_ptr<const std::vector<double>> table = known_tables_[{beta1, smoothing}].lock();
+  std::shared_ptr<const std::vector<double>> shared_table(double beta1, double smoothing, bool measured_walk) {
+    const TableKey key{beta1, smoothing, measured_walk};
+    std::shared_ptr<const std::vector<double>> table = known_tables_[key].lock();
     if (table) return table;
     forget_unused_tables();
-    table = std::make_shared<const std::vector<double>>(random_walk_table(beta1, smoothing));
-    known_tables_[{beta1, smoothing}] = table;
+    table = std::make_shared<const std::vector<double>>(measured_walk ? measured_walk_table(beta1, smoothing)
+                                                                      : random_walk_table(beta1, smoothing));
+    known_tables_[key] = table;
     return table;
   }
 
@@ -113,7 +119,7 @@ class GroupTable {
   }
 
   std::vector<std::shared_ptr<const std::vector<double>>> tables_;
-  std::map<std::pair<double, double>, std::weak_ptr<const std::vector<double>>> known_tables_;
+  std::map<TableKey, std::weak_ptr<const std::vector<double>>> known_tables_;
 };
 
 // The verbs by what they are given as the place to run.
@@ -263,7 +269,7 @@ class Bucket {
   TensorList list_{};
   std::unique_ptr<cpu::Schedule> schedule_;
   int schedule_threads_ = 0;
-  std::vector<double> partial_sums_;
+  std::vector<PartialSums<double>> partial_sums_;
   std::vector<PathSums> own_sums_;
 };
 
@@ -327,9 +333,9 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<int64_t>(), py::arg("group_count"))
       .def("set", &GroupTable::set, py::arg("group"), py::kw_only(), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("decoupled_weight_decay"),
-           py::arg("smoothing"), py::arg("damping"), py::arg("reference"), py::arg("clip_low"), py::arg("clip_high"),
-           py::arg("accumulate"), py::arg("scale_low"), py::arg("scale_high"), py::arg("adapt_lr"),
-           py::arg("lr_smoothing"))
+           py::arg("smoothing"), py::arg("damping"), py::arg("reference"), py::arg("measured_walk"),
+           py::arg("clip_low"), py::arg("clip_high"), py::arg("accumulate"), py::arg("scale_low"),
+           py::arg("scale_high"), py::arg("adapt_lr"), py::arg("lr_smoothing"))
       .def("set_lr", &GroupTable::set_lr, py::arg("group"), py::arg("lr"))
       .def("set_lr_tensor", &GroupTable::set_lr_tensor, py::arg("group"), py::arg("address"), py::arg("is_double"))
       .def("set_reference_address", &GroupTable::set_reference_address, py::arg("group"), py::arg("values"));
@@ -369,4 +375,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", &build_info);
   m.def("cuda_problem", &cuda_problem, py::arg("device"));
   m.def("random_walk_table", &random_walk_table, py::arg("beta1"), py::arg("smoothing"));
+  m.def("measured_walk_table", &measured_walk_table, py::arg("beta1"), py::arg("smoothing"));
 }

@@ -1,7 +1,7 @@
 // What one launch works on: a list of parameter tensors that share device and dtypes, cut into chunks.
 //
 // Note [Chunks]: a tensor of n elements has ceil(n / chunk) chunks; a chunk is the unit of work of one CUDA block or
-// one CPU task, and leaves one partial sum of path^2. Chunk borders depend on nothing but n, so the norms are bitwise
+// one CPU task, and leaves its partial sums. Chunk borders depend on nothing but n, so the norms are bitwise
 // the same for any number of threads, any order of tensors and any placement of blocks. (The back ends differ in the
 // size of a chunk, so their norms differ in the last bits.)
 #pragma once
@@ -32,10 +32,17 @@ struct TensorRecord {
   int32_t reserved;
 };
 
+// What a chunk leaves behind. T: float on CUDA, double on the CPU.
+template <typename T>
+struct PartialSums {
+  T path_sq;
+  T step_sq;  // of Adam's steps u; CUDA: only where a reference needs it
+};
+
 // The measured quantity that adapt consumes. Sums over ranks (sharding) and over tensors (Global) add both columns.
 struct PathSums {
   double path_sq;           // N_i
-  double expected_path_sq;  // n_i * kappa_{t_i}
+  double expected_path_sq;  // n_i * kappa_{t_i}, or what a walk of the measured steps gives
 };
 
 struct TensorList {
@@ -45,7 +52,7 @@ struct TensorList {
   const GroupOptions* groups;
   int64_t group_count;
   int64_t chunk_count;
-  void* partial_sums;  // one per chunk (float on CUDA, double on the CPU)
+  void* partial_sums;  // PartialSums, one per chunk
   PathSums* sums;      // one per tensor
   const float* grad_scale;  // null: gradients are not scaled
   const float* found_inf;   // null or *found_inf == 0: take the step; else change nothing

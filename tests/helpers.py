@@ -241,7 +241,7 @@ class StepCheck:
             self._check_moments(opt, old, param, where, grad_scale)
             path = as_array(self.optimizer.state[param]["path"])
             norms.append(float(np.sum(path**2)))
-            walks.append(opt.reference_at(old["step"] + 1) * param.numel())
+            walks.append(opt.expected_path_norm(old["step"] + 1, self._step_from_stored_moments(opt, param)))
         if self.variant == "Global":
             norms, walks = [sum(norms)] * len(active), [sum(walks)] * len(active)
         for (opt, old, param, where), norm, walk in zip(active, norms, walks, strict=True):
@@ -262,6 +262,13 @@ class StepCheck:
             scale = scales[0] if scales else scale
         old["scale"] = float(np.float32(scale))
         return old
+
+    def _step_from_stored_moments(self, opt: Options, param: torch.Tensor) -> np.ndarray:
+        state = self.optimizer.state[param]
+        step = int(state["step"].item())
+        second = as_array(state["max_exp_avg_sq" if opt.amsgrad else "exp_avg_sq"])
+        denominator = np.sqrt(second / (1 - opt.betas[1] ** step)) + opt.eps
+        return as_array(state["exp_avg"]) / (1 - opt.betas[0] ** step) / denominator
 
     def _check_moments(
         self, opt: Options, old: dict[str, Any], param: torch.Tensor, where: str, grad_scale: float | None
@@ -293,7 +300,10 @@ class StepCheck:
             # Scales are float32 for every type. The norm is a float32 sum per block: 16 more units.
             unit = UNIT["float32"]
             measured = Interval.exact(norm, unit).widened(16 * unit)
-            bounds = adapted_scale(self.variant, opt, Interval.exact(old["scale"], unit), measured, walk)
+            # A measured walk comes from steps of float32, squared: their error of some 8 units counts twice.
+            walked = 32 * unit if opt.reference == "measured_walk" else 0.0
+            expected = Interval.exact(walk, unit).widened(walked)
+            bounds = adapted_scale(self.variant, opt, Interval.exact(old["scale"], unit), measured, expected)
             self._check_inside(scale, bounds, f"{where}: lr_scale")
         else:
             assert old["new_scale"] == old["scale"], f"{where}: lr_scale moved"

@@ -119,6 +119,10 @@ class Interval:
         """Capped where it stays finite: the scale's bounds end far below."""
         return self._widened(*(np.exp(np.minimum(end, 600.0)) for end in (self.lo, self.hi)))
 
+    def log(self) -> Interval:
+        """Down to the smallest normal double: the scale's bounds end far above."""
+        return self._widened(*(np.log(np.maximum(end, 2.0**-1022)) for end in (self.lo, self.hi)))
+
     def widened(self, relative: float) -> Interval:
         margin = relative * self.magnitude
         return Interval(self.lo - margin, self.hi + margin, self.unit)
@@ -141,6 +145,10 @@ def sqrt(x: Number) -> Number:
 
 def exp(x: Number) -> Number:
     return x.exp() if isinstance(x, Interval) else np.exp(np.minimum(x, 600.0))
+
+
+def log(x: Number) -> Number:
+    return x.log() if isinstance(x, Interval) else np.log(x)
 
 
 def maximum(x: Number, y: Number) -> Number:
@@ -185,6 +193,15 @@ def kappa(step: int, beta1: float, smoothing: float) -> float:
     return RandomWalk(beta1, smoothing).sequence(step)[-1]
 
 
+@lru_cache(maxsize=4096)
+def step_variance(step: int, beta1: float) -> float:
+    """E[u^2] of Adam's step number `step` on pure noise, by the recursion of the first moment's variance."""
+    V = 0.0
+    for _ in range(step):
+        V = beta1 * beta1 * V + (1 - beta1) ** 2
+    return V / (1 - beta1**step) ** 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One parameter tensor
 
@@ -217,10 +234,14 @@ class Options:
         defaults = {"damping": 0.5, "clip": (0.5, 2.0), "lr_smoothing": 0.9} if variant == "Smoothed" else {}
         return cls(**{**defaults, **given})
 
-    def reference_at(self, step: int) -> float:
+    def expected_path_norm(self, step: int, u: np.ndarray) -> float:
+        """What the path norm is compared with, at step number `step` with the Adam step u."""
         if self.reference == "random_walk":
-            return kappa(step, self.betas[0], self.smoothing)
-        return float(self.reference)
+            return u.size * kappa(step, self.betas[0], self.smoothing)
+        if self.reference == "measured_walk":
+            walk_per_step = kappa(step, self.betas[0], self.smoothing) / step_variance(step, self.betas[0])
+            return 0.8 * walk_per_step * math.fsum(float(x) ** 2 for x in u.ravel())
+        return u.size * float(self.reference)
 
 
 @dataclass(frozen=True)
@@ -273,7 +294,9 @@ def apply(options: Options, theta: Number, u: Number, rate: Number) -> Number:
 
 def adapted_scale(variant: str, options: Options, scale: Number, path_norm: Number, expected: Number) -> Number:
     """The new scale from the old one, the path norm (sum of path squared) and its random-walk reference."""
-    factor = exp((path_norm / expected - 1) * (options.smoothing / (2 * options.damping)))
+    ratio = path_norm / expected
+    excess = log(ratio) if options.reference == "measured_walk" else ratio - 1
+    factor = exp(excess * (options.smoothing / (2 * options.damping)))
     if options.clip is not None:
         factor = minimum(maximum(factor, options.clip[0]), options.clip[1])
     target = scale * factor if options.accumulate else factor
@@ -362,7 +385,7 @@ class Oracle:
             self._share_scale(active[0][0])
         before = [state.scale for _, state, _ in active]
         norms = [state.measure(group_options, grad, grad_scale) for group_options, state, grad in active]
-        expected = [opt.reference_at(state.step) * state.theta.size for opt, state, _ in active]
+        expected = [opt.expected_path_norm(state.step, state.u) for opt, state, _ in active]
         if self.variant == "Global":
             norms, expected = [math.fsum(norms)] * len(active), [math.fsum(expected)] * len(active)
         for (group_options, state, _), norm, walk, old in zip(active, norms, expected, before, strict=True):

@@ -156,6 +156,7 @@ def test_unknown_choice_is_a_value_error(name: str, value: Any, variant: str) ->
         ("scale_bounds", (1.0, 1.0)),
         ("initial_scale", 1e-3),
         ("reference", 2),
+        ("reference", "measured_walk"),
         ("lr", 1),
     ],
     ids=str,

@@ -12,7 +12,7 @@ from helpers import GLOBAL_OPTIONS, LIVELY, VARIANTS, StepCheck, clones, paramet
 OTHER_VALUES: dict[str, Any] = {
     "smoothing": 0.21,
     "damping": 1.5,
-    "reference": 1.0,
+    "reference": "measured_walk",
     "clip": (0.4, 1.6),
     "accumulate": False,
     "deferred": True,

@@ -353,6 +353,8 @@ def test_options_are_read_afresh(variant: str, fused: bool) -> None:
         {"smoothing": 0.6},
         {"damping": 0.2},
         {"reference": 0.5},
+        {"reference": "measured_walk"},
+        {"reference": "random_walk"},
         {"clip": None},
         {"clip": (0.9, 1.1)},
         {"deferred": True},

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import VARIANTS, StepCheck, parameters, set_gradients
+from helpers import VARIANTS, StepCheck, clones, parameters, set_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import RandomWalk
@@ -169,3 +169,92 @@ def test_numpy_free_public_functions_return_floats() -> None:
     assert type(clara_fused.random_walk_reference(3, 0.9, 0.05)) is float
     assert type(clara_fused.random_walk_limit(0.9, 0.05)) is float
     assert np.isfinite(random_walk_reference(1, 0.9, 1e-12))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reference="measured_walk"
+
+# The scale follows the ratio's logarithm by smoothing / (2 damping) = 0.05 a step.
+MEASURED_WALK = {"reference": "measured_walk", "smoothing": 0.05, "damping": 0.5, "clip": None}
+
+
+def measured_walk_optimizer(variant: str, params: list[torch.nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+    at_once = {"lr_smoothing": 0.0} if variant == "Smoothed" else {}
+    return VARIANTS[variant](params, lr=1e-3, fused=fused, **MEASURED_WALK, **at_once)
+
+
+def mean_log_ratio(optimizer: torch.optim.Optimizer, scale_before: float, steps: int) -> float:
+    scale = optimizer.lr_scales()[0][0].item()
+    return math.log(scale / scale_before) / (0.05 * steps)
+
+
+def test_measured_walk_on_noise(variant: str, fused: bool) -> None:
+    """The reference is four fifths of the walk: on pure noise the path is 1 / 0.8 of it, also in the first steps."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(20_000))
+    optimizer = measured_walk_optimizer(variant, [param], fused)
+    param.grad = torch.empty_like(param)
+    scale, done = 1.0, 0
+    for until, allowed in [(10, 0.055), (40, 0.03), (300, 0.02)]:
+        for _ in range(until - done):
+            param.grad.normal_(generator=generator)
+            optimizer.step()
+        assert mean_log_ratio(optimizer, scale, until - done) == pytest.approx(-math.log(0.8), abs=allowed), until
+        scale, done = optimizer.lr_scales()[0][0].item(), until
+
+
+def test_measured_walk_does_not_mistake_remembered_gradients(variant: str, fused: bool) -> None:
+    """Noise that has become weaker makes shorter steps, not steps that cancel; Adam's v remembers for long."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(20_000))]
+    optimizer = measured_walk_optimizer(variant, params, fused)
+    misled = VARIANTS[variant](clones(params), lr=1e-3, fused=fused)
+    for step in range(400):
+        noise = torch.randn(20_000, generator=generator) * (1.0 if step < 100 else 0.1)
+        for each in (optimizer, misled):
+            each.param_groups[0]["params"][0].grad = noise.clone()
+            each.step()
+        if step == 199:
+            scale, misled_scale = (each.lr_scales()[0][0].item() for each in (optimizer, misled))
+    # While v forgets, steps grow by 0.35% each, and the path remembers those of 20 steps ago.
+    assert mean_log_ratio(optimizer, scale, 200) == pytest.approx(-math.log(0.8), abs=0.07)
+    assert misled.lr_scales()[0][0].item() < 0.5 * misled_scale
+
+
+def test_measured_walk_counts_no_idle_elements(variant: str, fused: bool) -> None:
+    """Elements whose gradient is always zero change nothing."""
+    params = parameters([(300,)])
+    with_idle = [torch.nn.Parameter(torch.cat([params[0].detach(), torch.ones(700)]))]
+    optimizers = [measured_walk_optimizer(variant, each, fused) for each in (params, with_idle)]
+    for step in range(30):
+        set_gradients(params, step)
+        with_idle[0].grad = torch.cat([params[0].grad, torch.zeros(700)])
+        for optimizer in optimizers:
+            optimizer.step()
+    busy, both = (optimizer.lr_scales()[0][0].item() for optimizer in optimizers)
+    assert busy != 1.0
+    assert both == pytest.approx(busy, rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [65_536, 10_000_000])
+def test_measured_walk_late_in_a_run(step: int, variant: str, fused: bool) -> None:
+    """Beyond the table of the walk, in the step itself."""
+    params = parameters([(50,)])
+    smoothing = 1e-5
+    optimizer = VARIANTS[variant](
+        params, reference="measured_walk", smoothing=smoothing, damping=smoothing, clip=None, fused=fused
+    )
+    set_gradients(params, 0)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    state["step"].fill_(step - 1)
+    state["path"].normal_(generator=torch.Generator().manual_seed(0))
+    old = state["lr_scale"].item()
+    set_gradients(params, 1)
+    optimizer.step()
+    # No bias correction is left so late, and noise makes steps of variance (1 - beta1) / (1 + beta1).
+    u = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
+    walk = 0.8 * random_walk_reference(step, 0.9, smoothing) / (0.1 / 1.9) * u.double().square().sum().item()
+    factor = math.sqrt(state["path"].double().square().sum().item() / walk)
+    weight = 0.1 if variant == "Smoothed" else 1.0
+    assert state["lr_scale"].item() == pytest.approx(old * (1 + weight * (factor - 1)), rel=1e-4)

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <new>
-#include <numeric>
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -89,7 +88,7 @@ class Worker {
                                                                   : MeasureMode::kPlain;
     const MeasureChunk loop = kernels_.measure(list_.param_dtype, list_.grad_dtype, list_.path_dtype, mode,
                                                record.max_exp_avg_sq != nullptr);
-    double* partial_sums = static_cast<double*>(list_.partial_sums) + record.first_chunk;
+    auto* partial_sums = static_cast<PartialSums<double>*>(list_.partial_sums) + record.first_chunk;
     for (int64_t i = first_chunk; i < last_chunk; ++i) {
       partial_sums[i] = loop(chunk(tensor, i, kept), &measure_with, &apply_with);
     }
@@ -166,11 +165,14 @@ void apply_span(const Worker<T>& worker, const TensorList& list, const Schedule:
 
 PathSums reduced(const TensorList& list, int64_t tensor) {
   const TensorRecord& record = list.tensors[tensor];
-  const double* partial_sums = static_cast<const double*>(list.partial_sums) + record.first_chunk;
-  const double path_sq = std::accumulate(partial_sums, partial_sums + chunks_of(record.numel), 0.0);
+  const auto* partial_sums = static_cast<const PartialSums<double>*>(list.partial_sums) + record.first_chunk;
+  PartialSums<double> total{};
+  for (int64_t i = 0; i < chunks_of(record.numel); ++i) {
+    total.path_sq += partial_sums[i].path_sq;
+    total.step_sq += partial_sums[i].step_sq;
+  }
   const int64_t step = static_cast<int64_t>(*record.step) + 1;
-  const double kappa = random_walk_reference(list.groups[record.group].reference, step);
-  return {path_sq, static_cast<double>(record.numel) * kappa};
+  return {total.path_sq, expected_path_sq(list.groups[record.group], step, record.numel, total.step_sq)};
 }
 
 void adapt_own(const TensorList& list, int64_t tensor, const PathSums& sums) {

@@ -64,9 +64,9 @@ class Schedule {
   int64_t kept_bytes_ = 0;
 };
 
-// Every operation does nothing if *list.found_inf != 0. `partial_sums` are doubles.
+// Every operation does nothing if *list.found_inf != 0. `partial_sums` are of doubles.
 
-// Moments, path and partial sums of path^2; under `deferred` also the step, with the scales from before.
+// Moments, path and partial sums; under `deferred` also the step, with the scales from before.
 void measure(const TensorList& list, const Schedule& schedule);
 
 // partial_sums -> sums.

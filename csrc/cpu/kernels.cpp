@@ -68,10 +68,38 @@ class PaddedCopy {
 // Measure
 // ---------------------------------------------------------------------------------------------------------------
 
-// One vector of elements at index i. Adds its squared path, as stored, to `sum`.
-template <typename T, MeasureMode mode, bool amsgrad, typename Streams, typename V>
+// A sum over a chunk in two levels: lanes that took in the whole chunk one by one would be off by 1e-5 where the terms
+// are alike, as they are at a first step.
+template <typename T>
+struct LaneSums {
+  using V = typename VectorOf<T>::type;
+  static constexpr int64_t kBlock = 16 * kElementsPerLine<T>;
+
+  V block{}, blocks{};
+
+  inline void end_block() {
+    blocks += block;
+    block = V{};
+  }
+  inline double total() {
+    end_block();
+    double sum = 0.0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(blocks[lane]);
+    return sum;
+  }
+};
+
+template <typename T>
+struct ChunkSums {
+  LaneSums<T> path_sq;  // of the path as stored
+  LaneSums<T> step_sq;
+};
+
+// One vector of elements at index i.
+template <typename T, MeasureMode mode, bool amsgrad, typename Streams>
 inline void measure_vector(const Streams& s, int64_t i, const MeasureCoefficients<T>& c,
-                           const ApplyCoefficients<T>& a, V& sum) {
+                           const ApplyCoefficients<T>& a, ChunkSums<T>& sums) {
+  using V = typename VectorOf<T>::type;
   using S = Stored<V>;
   V param{};
   if constexpr (mode != MeasureMode::kPlain) param = S::load(s.param + i);
@@ -91,29 +119,26 @@ inline void measure_vector(const Streams& s, int64_t i, const MeasureCoefficient
   }
   S::store(extended_path(S::load(s.path + i), direction, c), s.path + i);
   const V stored_path = S::load(s.path + i);
-  sum += stored_path * stored_path;
+  sums.path_sq.block += stored_path * stored_path;
+  sums.step_sq.block += direction * direction;
   if constexpr (mode == MeasureMode::kApply) S::store(updated_parameter(param, direction, a), s.param + i);
 }
 
-// Returns the chunk's sum of path^2.
 template <typename T, typename Param, typename Grad, typename Path, MeasureMode mode, bool amsgrad>
-double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const void* apply_coefficients) {
-  using V = typename VectorOf<T>::type;
+PartialSums<double> measure_chunk(const Chunk& chunk, const void* measure_coefficients,
+                                  const void* apply_coefficients) {
   constexpr int64_t kStep = kElementsPerLine<T>;
   // Copies: the compiler must not fear that a store into a tensor changes them.
   const auto c = *static_cast<const MeasureCoefficients<T>*>(measure_coefficients);
   const auto a = mode == MeasureMode::kApply ? *static_cast<const ApplyCoefficients<T>*>(apply_coefficients)
                                              : ApplyCoefficients<T>{};
   const Streams<T, Param, Grad, Path> s(chunk);
-  // In two levels: lanes that took in the whole chunk one by one would be off by 1e-5 where the terms are alike, as they
-  // are at a first step.
-  constexpr int64_t kBlock = 16 * kStep;
-  V sum{}, sum_of_blocks{};
+  ChunkSums<T> sums;
   int64_t i = 0;
   for (; i + kStep <= chunk.numel; i += kStep) {
-    if (i % kBlock == 0) {
-      sum_of_blocks += sum;
-      sum = V{};
+    if (i % LaneSums<T>::kBlock == 0) {
+      sums.path_sq.end_block();
+      sums.step_sq.end_block();
     }
     prefetch<T>(s.grad + i, kPrefetchLines);
     prefetch<T>(s.m + i, kPrefetchLines);
@@ -124,9 +149,9 @@ double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const
       if (s.direction != nullptr) prefetch<T>(s.direction + i, kPrefetchLines);
     }
     if constexpr (amsgrad) prefetch<T>(s.v_max + i, kPrefetchLines);
-    for (int64_t j = i; j < i + kStep; j += kLanes<T>) measure_vector<T, mode, amsgrad>(s, j, c, a, sum);
+    for (int64_t j = i; j < i + kStep; j += kLanes<T>) measure_vector<T, mode, amsgrad>(s, j, c, a, sums);
   }
-  for (; i + kLanes<T> <= chunk.numel; i += kLanes<T>) measure_vector<T, mode, amsgrad>(s, i, c, a, sum);
+  for (; i + kLanes<T> <= chunk.numel; i += kLanes<T>) measure_vector<T, mode, amsgrad>(s, i, c, a, sums);
   if (const int64_t rest = chunk.numel - i; rest > 0) {
     // Padding of v = 1 and everything else = 0 makes a step and a path of exactly 0, also with eps = 0.
     Streams<T, Param, Grad, Path> padded = s;
@@ -142,11 +167,11 @@ double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const
     padded.path = path.elements;
     if (s.direction != nullptr) padded.direction = s.direction + i;  // there is room for a whole chunk
     if constexpr (mode == MeasureMode::kPlain) {
-      measure_vector<T, mode, amsgrad>(padded, 0, c, a, sum);
+      measure_vector<T, mode, amsgrad>(padded, 0, c, a, sums);
     } else {
       PaddedCopy<T, Param> param(s.param + i, rest, T(0));
       padded.param = param.elements;
-      measure_vector<T, mode, amsgrad>(padded, 0, c, a, sum);
+      measure_vector<T, mode, amsgrad>(padded, 0, c, a, sums);
       if constexpr (mode == MeasureMode::kApply) param.write_back();
     }
     m.write_back();
@@ -154,10 +179,7 @@ double measure_chunk(const Chunk& chunk, const void* measure_coefficients, const
     if constexpr (amsgrad) v_max.write_back();
     path.write_back();
   }
-  sum += sum_of_blocks;
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) total += static_cast<double>(sum[lane]);
-  return total;
+  return {sums.path_sq.total(), sums.step_sq.total()};
 }
 
 // ---------------------------------------------------------------------------------------------------------------

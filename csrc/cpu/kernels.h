@@ -26,7 +26,8 @@ enum class MeasureMode {
 };
 
 // Coefficients have the arithmetic type of the parameter: MeasureCoefficients<double> for float64, <float> otherwise.
-using MeasureChunk = double (*)(const Chunk&, const void* measure_coefficients, const void* apply_coefficients);
+using MeasureChunk = PartialSums<double> (*)(const Chunk&, const void* measure_coefficients,
+                                             const void* apply_coefficients);
 using ApplyChunk = void (*)(const Chunk&, const void* apply_coefficients);
 
 struct Kernels {

@@ -72,7 +72,7 @@ void fill(Arguments& arguments, const TensorList& list, const Placement& where, 
   arguments.tensors = reinterpret_cast<const TensorRecord*>(memory + offsets.tensors);
   arguments.tensor_of_chunk = reinterpret_cast<const int32_t*>(memory + offsets.tensor_of_chunk);
   arguments.arrivals = reinterpret_cast<uint32_t*>(memory + offsets.arrivals);
-  arguments.partial_sums = reinterpret_cast<float*>(memory + offsets.partial_sums);
+  arguments.partial_sums = reinterpret_cast<PartialSums<float>*>(memory + offsets.partial_sums);
   arguments.sums = reinterpret_cast<PathSums*>(memory + offsets.sums);
   arguments.list_count = list.count;
   arguments.grad_scale = list.grad_scale;
@@ -212,7 +212,7 @@ Layout layout(int64_t count, int64_t chunk_count) {
   offsets.tensor_of_chunk = place(chunk_count * static_cast<int64_t>(sizeof(int32_t)));
   offsets.arrivals = place(sizeof(uint32_t));
   offsets.table_bytes = offsets.arrivals + static_cast<int64_t>(sizeof(uint32_t));
-  offsets.partial_sums = place(chunk_count * static_cast<int64_t>(sizeof(float)));
+  offsets.partial_sums = place(chunk_count * static_cast<int64_t>(sizeof(PartialSums<float>)));
   offsets.sums = place(count * static_cast<int64_t>(sizeof(PathSums)));
   offsets.bytes = end;
   return offsets;

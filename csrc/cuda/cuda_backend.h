@@ -33,7 +33,7 @@ struct Layout {
   int64_t tensor_of_chunk;  // int32 [chunk_count]
   int64_t arrivals;         // uint32: blocks that have finished their part of a total; 0 between steps
   int64_t table_bytes;
-  int64_t partial_sums;  // float [chunk_count]
+  int64_t partial_sums;  // PartialSums<float> [chunk_count]
   int64_t sums;          // PathSums [count]
   int64_t bytes;
 };

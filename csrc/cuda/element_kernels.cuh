@@ -77,10 +77,11 @@ struct MeasureAndApplyCoefficients {
   ApplyCoefficients<float> apply;  // with the scale from before; only where measure also applies
 };
 
-// Returns the elements' sum of path^2.
+// Adds the elements' squares to `sums`.
 template <bool kApply, Access kAccess, typename P, typename G, typename S>
-__device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& streams,
-                                                const MeasureAndApplyCoefficients& with, int first) {
+__device__ __forceinline__ void measure_vector(const MeasureStreams<P, G, S>& streams,
+                                               const MeasureAndApplyCoefficients& with, int first,
+                                               PartialSums<float>& sums) {
   const MeasureCoefficients<float>& c = with.measure;
   const bool amsgrad = streams.max_exp_avg_sq.exists();
   const Vector<G, kElements<kAccess>> grad = streams.grad.template load<kAccess>(first);
@@ -92,7 +93,7 @@ __device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& s
   Vector<float, kElements<kAccess>> max_v = {};
   if (amsgrad) max_v = streams.max_exp_avg_sq.template load<kAccess>(first);
 
-  float path_sq = 0.0f;
+  PartialSums<float> of_vector = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kElements<kAccess>; ++i) {
     const float theta = to_float(param.element[i]);
@@ -103,7 +104,8 @@ __device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& s
     const float u = adam_direction(m.element[i], max_v.element[i], c.direction);
     path.element[i] = from_float<S>(extended_path(to_float(path.element[i]), u, c));
     const float stored = to_float(path.element[i]);
-    path_sq += stored * stored;
+    of_vector.path_sq += stored * stored;
+    of_vector.step_sq += u * u;
     if (kApply) param.element[i] = from_float<P>(updated_parameter(theta, u, with.apply));
   }
 
@@ -112,7 +114,8 @@ __device__ __forceinline__ float measure_vector(const MeasureStreams<P, G, S>& s
   streams.path.template store<kAccess>(first, path);
   if (amsgrad) streams.max_exp_avg_sq.template store<kAccess>(first, max_v);
   if (kApply) streams.param.template store<kAccess>(first, param);
-  return path_sq;
+  sums.path_sq += of_vector.path_sq;
+  sums.step_sq += of_vector.step_sq;
 }
 
 template <bool kApply, typename P, typename G, typename S, typename Arguments>
@@ -123,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __gri
   const TensorRecord& record = chunk.record;
 
   __shared__ MeasureAndApplyCoefficients with;
+  const GroupOptions& options = arguments.group(record);
   if (threadIdx.x == 0) {
-    const GroupOptions& options = arguments.group(record);
     const float step = *record.step + 1.0f;
     with.measure = measure_coefficients<float>(options, step, arguments.grad_scale);
     if (kApply) with.apply = apply_coefficients<float>(options, step, *record.lr_scale);
@@ -138,13 +141,14 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __gri
                                            stream_at<float>(record.exp_avg_sq, first),
                                            stream_at<float>(record.max_exp_avg_sq, first),
                                            stream_at<S>(record.path, first)};
-  float path_sq = 0.0f;
+  PartialSums<float> sums = {0.0f, 0.0f};
   for_each_vector(chunk.count, streams.all_aligned(), [&](auto access, int i) {
-    path_sq += measure_vector<kApply, access.kValue>(streams, with, i);
+    measure_vector<kApply, access.kValue>(streams, with, i, sums);
   });
 
-  path_sq = block_reduce(path_sq, Sum{});
-  if (threadIdx.x == 0) arguments.partial_sums[chunk_index] = path_sq;
+  sums.path_sq = block_reduce(sums.path_sq, Sum{});
+  if (options.walk_unit == WalkUnit::kStepSquared) sums.step_sq = block_reduce(sums.step_sq, Sum{});
+  if (threadIdx.x == 0) arguments.partial_sums[chunk_index] = sums;
 }
 
 // ---------------------------------------------------------------------------------------------------------------

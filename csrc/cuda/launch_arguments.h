@@ -30,7 +30,7 @@ struct LaunchArguments {
   const int32_t* tensor_of_chunk;
   uint32_t* arrivals;
   int64_t list_count;
-  float* partial_sums;
+  PartialSums<float>* partial_sums;
   PathSums* sums;
 
   const float* grad_scale;

@@ -60,27 +60,30 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   const TensorRecord& record = arguments.tensors[tensor];
   const GroupOptions& options = arguments.group(record);
 
-  const float* partial_sums = arguments.partial_sums + record.first_chunk;
+  const PartialSums<float>* partial_sums = arguments.partial_sums + record.first_chunk;
   const int64_t chunk_count = chunks_of(record.numel);
-  double path_sq = 0.0;
+  PartialSums<double> total = {0.0, 0.0};
 #pragma unroll 8
-  for (int64_t i = threadIdx.x; i < chunk_count; i += kThreads) path_sq += static_cast<double>(partial_sums[i]);
-  path_sq = block_reduce(path_sq, Sum{});
+  for (int64_t i = threadIdx.x; i < chunk_count; i += kThreads) {
+    total.path_sq += static_cast<double>(partial_sums[i].path_sq);
+    total.step_sq += static_cast<double>(partial_sums[i].step_sq);
+  }
+  total.path_sq = block_reduce(total.path_sq, Sum{});
+  if (options.walk_unit == WalkUnit::kStepSquared) total.step_sq = block_reduce(total.step_sq, Sum{});
 
   if (threadIdx.x == 0) {
     const int64_t step = static_cast<int64_t>(*record.step) + 1;
-    const double kappa = random_walk_reference(options.reference, step);
-    const PathSums sums = {path_sq, static_cast<double>(record.numel) * kappa};
+    const PathSums sums = {total.path_sq, expected_path_sq(options, step, record.numel, total.step_sq)};
     arguments.sums[tensor] = sums;
     if (arguments.after == After::kAdaptOwn) adapt_scale(record, sums.path_sq, sums.expected_path_sq, options);
     if (arguments.after != After::kNothing) *record.step += 1.0f;
   }
 
   if (arguments.after != After::kAdaptAll || !last_to_arrive(arguments.arrivals, arguments.list_count)) return;
-  const double total = block_total(arguments.sums, arguments.list_count, &PathSums::path_sq);
+  const double path_sq = block_total(arguments.sums, arguments.list_count, &PathSums::path_sq);
   const double expected = block_total(arguments.sums, arguments.list_count, &PathSums::expected_path_sq);
   // All tensors share the scale, and all groups the options that matter here.
-  if (threadIdx.x == 0) adapt_scale(record, total, expected, options);
+  if (threadIdx.x == 0) adapt_scale(record, path_sq, expected, options);
 }
 
 // One thread per tensor: counts the step and adapts to sums that were completed elsewhere (over ranks).

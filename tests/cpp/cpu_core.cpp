@@ -177,7 +177,7 @@ struct Model {
       chunks += cpu::chunks_of(kSizes[i]);
       grad_pointers.push_back(grads[i].data());
     }
-    std::vector<double> partial_sums(static_cast<size_t>(chunks));
+    std::vector<PartialSums<double>> partial_sums(static_cast<size_t>(chunks));
     std::vector<PathSums> sums(kSizes.size());
     const float grad_scale = 2.0f;
     TensorList list{};

@@ -120,6 +120,7 @@ struct Group {
   bool decoupled = false, maximize = false, amsgrad = false, accumulate = true, adapt_lr = true;
   double smoothing = 0.05, damping = 2.5, lr_smoothing = 0.9;
   double reference = 0.0;  // 0: random walk
+  bool measured_walk = false;
   double clip_low = 0.5, clip_high = 1.05;
   double scale_low = 1e-4, scale_high = 1e4;
   int lr_tensor = 0;  // 4: float32, 8: float64
@@ -157,6 +158,15 @@ std::vector<double> random_walk(double beta1, double smoothing, int count) {
 double random_walk_limit(double beta1, double smoothing) {
   const double q = 1.0 - smoothing;
   return (1.0 - beta1) / (1.0 + beta1) * (1.0 + beta1 * q) / (1.0 - beta1 * q);
+}
+
+constexpr double kMeasuredWalkShare = 0.8;
+
+// E[u^2] on pure noise: V_t / (1 - beta1^t)^2.
+double step_variance(double beta1, int64_t step) {
+  double v = 0.0;
+  for (int64_t t = 0; t < step; ++t) v = beta1 * beta1 * v + (1.0 - beta1) * (1.0 - beta1);
+  return v / std::pow(1.0 - std::pow(beta1, step), 2.0);
 }
 
 constexpr int kTableLength = 300;
@@ -212,6 +222,11 @@ class Optimizer {
     }
     for (const Group& group : setup.groups) {
       tables_.push_back(random_walk(group.beta1, group.smoothing, kTableLength));
+      if (group.measured_walk) {
+        for (int t = 1; t <= kTableLength; ++t) {
+          tables_.back()[static_cast<size_t>(t - 1)] *= kMeasuredWalkShare / step_variance(group.beta1, t);
+        }
+      }
       lr_tensors_.push_back({static_cast<float>(group.lr), group.lr});
     }
     if (setup.variant == Variant::kGlobal) shared_scale_ = &tensors_.at(0)->lr_scale;
@@ -292,6 +307,7 @@ class Optimizer {
     o.path_decay = 1.0 - group.smoothing;
     o.path_gain = std::sqrt(group.smoothing * (2.0 - group.smoothing));
     o.factor_gain = group.smoothing / (2.0 * group.damping);
+    o.walk_unit = group.measured_walk ? clara::WalkUnit::kStepSquared : clara::WalkUnit::kElement;
     o.clip_low = group.clip_low;
     o.clip_high = group.clip_high;
     o.lr_smoothing = group.lr_smoothing;
@@ -300,7 +316,8 @@ class Optimizer {
     if (group.reference != 0.0) {
       o.reference = {nullptr, 0, group.reference, 0.0};
     } else {
-      o.reference = {tables_[g].data(), kTableLength, random_walk_limit(group.beta1, group.smoothing),
+      const double units = group.measured_walk ? kMeasuredWalkShare * (1.0 + group.beta1) / (1.0 - group.beta1) : 1.0;
+      o.reference = {tables_[g].data(), kTableLength, units * random_walk_limit(group.beta1, group.smoothing),
                      2.0 * std::log(1.0 - group.smoothing)};
     }
     return o;
@@ -385,7 +402,8 @@ void require_close(double got, double want, double tolerance, Place place, const
 
 double next_scale(double scale, double ratio, double path_sq, const Group& g, Variant variant) {
   if (!g.adapt_lr || !std::isfinite(ratio) || path_sq == 0.0) return scale;
-  const double f = std::min(std::max(std::exp(g.smoothing / (2.0 * g.damping) * (ratio - 1.0)), g.clip_low), g.clip_high);
+  const double excess = g.measured_walk ? std::log(ratio) : ratio - 1.0;
+  const double f = std::min(std::max(std::exp(g.smoothing / (2.0 * g.damping) * excess), g.clip_low), g.clip_high);
   double next = g.accumulate ? scale * f : f;
   if (variant == Variant::kSmoothed) next = g.lr_smoothing * scale + (1.0 - g.lr_smoothing) * next;
   return std::min(std::max(next, g.scale_low), g.scale_high);
@@ -403,7 +421,7 @@ std::vector<Direction> check_measured(const Setup& setup, const Tensor& before, 
   const double bias1 = 1.0 - std::pow(g.beta1, t), bias2 = 1.0 - std::pow(g.beta2, t);
   const double q = 1.0 - g.smoothing, s = std::sqrt(g.smoothing * (2.0 - g.smoothing));
   std::vector<Direction> directions;
-  double norm = 0.0;
+  double norm = 0.0, step_sq = 0.0, step_sq_tolerance = 0.0;
   for (int64_t k = 0; k < after.param.count(); ++k) {
     const Place where = {index, k};
     double grad = before.grad.get(k);
@@ -429,6 +447,8 @@ std::vector<Direction> check_measured(const Setup& setup, const Tensor& before, 
     const double u = m / bias1 / denominator;
     const double u_tolerance = 4e-6 * (m_size / bias1 / denominator) + 1e-40;
     directions.push_back({u, u_tolerance});
+    step_sq += u * u;
+    step_sq_tolerance += 2.0 * std::fabs(u) * u_tolerance + 3e-6 * u * u;
     const double path = q * before.path.get(k) + s * u;
     const Precision rounding = precision_of(setup.path);
     require_close(after.path.get(k), path,
@@ -438,8 +458,14 @@ std::vector<Direction> check_measured(const Setup& setup, const Tensor& before, 
     norm += after.path.get(k) * after.path.get(k);
   }
   require_close(sums.path_sq, norm, 3e-6 * norm, {index}, "path_sq");
-  const double expected = static_cast<double>(after.param.count()) * expected_kappa(g, std::lround(t));
-  require_close(sums.expected_path_sq, expected, 1e-9 * expected, {index}, "expected_path_sq");
+  const double kappa = expected_kappa(g, std::lround(t));
+  if (g.measured_walk) {
+    const double walk = kMeasuredWalkShare * kappa / step_variance(g.beta1, std::lround(t));
+    require_close(sums.expected_path_sq, walk * step_sq, walk * step_sq_tolerance, {index}, "expected_path_sq");
+  } else {
+    const double expected = static_cast<double>(after.param.count()) * kappa;
+    require_close(sums.expected_path_sq, expected, 1e-9 * expected, {index}, "expected_path_sq");
+  }
   return directions;
 }
 
@@ -552,6 +578,13 @@ const std::vector<Mode> kModes = {
     {"float32-lr-tensor", [](Setup& s) { only(s).lr_tensor = 4; }},
     {"float64-lr-tensor", [](Setup& s) { only(s).lr_tensor = 8; }},
     {"not-accumulated-fixed-reference", [](Setup& s) { only(s).accumulate = false, only(s).reference = 1.0; }},
+    {"measured-walk", [](Setup& s) { only(s).measured_walk = true, only(s).damping = 0.5; }},
+    {"measured-walk-amsgrad-scaled",
+     [](Setup& s) {
+       only(s).measured_walk = only(s).amsgrad = true;
+       s.grad_scale = 1024.0;
+       s.grad_size = 1024.0;
+     }},
     {"not-clipped",
      [](Setup& s) { only(s).clip_low = 0.0, only(s).clip_high = std::numeric_limits<double>::infinity(); }},
     {"bounded", [](Setup& s) { only(s).scale_low = 0.9, only(s).scale_high = 0.95; }},
