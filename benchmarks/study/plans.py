@@ -87,4 +87,21 @@ def sweep() -> list[Run]:
     ]
 
 
-PLANS = {"full": full, "quick": quick, "sweep": sweep}
+# Bounds that never bind: from 1e-6, four decades are not enough for every task.
+MEASURED_WALK = {"reference": "measured_walk", "damping": 0.5, "scale_bounds": (1e-8, 1e8)}
+
+
+def measured() -> list[Run]:
+    """The measured walk beside the defaults and a tuned Adam; the slow task last."""
+    slow = [TASKS["gpt-text"]]
+    fast = [task for task in TASKS.values() if task not in slow]
+    contenders = [clara(variant, **MEASURED_WALK) for variant in ("global", "local")]
+    runs = []
+    for seed, tasks in product(SEEDS, (fast, slow)):
+        runs += [Run(task, contender, lr, seed) for contender, task, lr in product(contenders, tasks, DECADES)]
+        runs += runs_of(tasks, ("global", "local", "adam"), DECADES, seed)
+        runs += runs_of(tasks, ("adam",), TUNING_LRS, seed)
+    return runs
+
+
+PLANS = {"full": full, "quick": quick, "sweep": sweep, "measured": measured}
