@@ -93,7 +93,6 @@ __device__ __forceinline__ void measure_vector(const MeasureStreams<P, G, S>& st
   Vector<float, kElements<kAccess>> max_v = {};
   if (amsgrad) max_v = streams.max_exp_avg_sq.template load<kAccess>(first);
 
-  PartialSums<float> of_vector = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kElements<kAccess>; ++i) {
     const float theta = to_float(param.element[i]);
@@ -104,8 +103,8 @@ __device__ __forceinline__ void measure_vector(const MeasureStreams<P, G, S>& st
     const float u = adam_direction(m.element[i], max_v.element[i], c.direction);
     path.element[i] = from_float<S>(extended_path(to_float(path.element[i]), u, c));
     const float stored = to_float(path.element[i]);
-    of_vector.path_sq += stored * stored;
-    of_vector.step_sq += u * u;
+    sums.path_sq += stored * stored;
+    sums.step_sq += u * u;
     if (kApply) param.element[i] = from_float<P>(updated_parameter(theta, u, with.apply));
   }
 
@@ -114,8 +113,6 @@ __device__ __forceinline__ void measure_vector(const MeasureStreams<P, G, S>& st
   streams.path.template store<kAccess>(first, path);
   if (amsgrad) streams.max_exp_avg_sq.template store<kAccess>(first, max_v);
   if (kApply) streams.param.template store<kAccess>(first, param);
-  sums.path_sq += of_vector.path_sq;
-  sums.step_sq += of_vector.step_sq;
 }
 
 template <bool kApply, typename P, typename G, typename S, typename Arguments>
@@ -126,8 +123,10 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __gri
   const TensorRecord& record = chunk.record;
 
   __shared__ MeasureAndApplyCoefficients with;
-  const GroupOptions& options = arguments.group(record);
+  __shared__ WalkUnit walk_unit;  // not in a register, of which the loop needs all
   if (threadIdx.x == 0) {
+    const GroupOptions& options = arguments.group(record);
+    walk_unit = options.walk_unit;
     const float step = *record.step + 1.0f;
     with.measure = measure_coefficients<float>(options, step, arguments.grad_scale);
     if (kApply) with.apply = apply_coefficients<float>(options, step, *record.lr_scale);
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __gri
   });
 
   sums.path_sq = block_reduce(sums.path_sq, Sum{});
-  if (options.walk_unit == WalkUnit::kStepSquared) sums.step_sq = block_reduce(sums.step_sq, Sum{});
+  if (walk_unit == WalkUnit::kStepSquared) sums.step_sq = block_reduce(sums.step_sq, Sum{});
   if (threadIdx.x == 0) arguments.partial_sums[chunk_index] = sums;
 }
 
