@@ -94,6 +94,8 @@ def _short(value: Any) -> str:
 
 
 AS_PUBLISHED = {"accumulate": False, "reference": 1.0, "damping": 1.0}
+# Bounds that never bind: from 1e-6, four decades are not enough for every task.
+MEASURED_WALK = {"reference": "measured_walk", "damping": 0.5, "scale_bounds": (1e-8, 1e8)}
 
 
 def _renamed(name: str, label: str, contender: Contender) -> Contender:
@@ -117,6 +119,10 @@ CONTENDERS: dict[str, Contender] = {
         ),
         *(
             _renamed(f"{variant}-deferred", f"{cls.__name__} deferred", clara(variant, deferred=True))
+            for variant, cls in VARIANTS.items()
+        ),
+        *(
+            _renamed(f"{variant}-measured", f"{cls.__name__}, measured walk", clara(variant, **MEASURED_WALK))
             for variant, cls in VARIANTS.items()
         ),
     )

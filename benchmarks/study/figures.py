@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .measures import TOLERANCE, Kind, Study
-from .plans import DECADES, DEFERRED, MAIN, OURS, PUBLISHED, SWEEP_TASKS
+from .plans import DECADES, DEFERRED, MAIN, MEASURED, OURS, PUBLISHED, SWEEP_TASKS
 from .report import Table, label, loss_table, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
@@ -67,15 +67,17 @@ def read_walk(results: Path) -> dict[str, Any]:
 
 
 def with_recorded_tables(text: str, results: Path) -> str:
-    full, swept = list(read_records(results / "full.jsonl")), list(read_records(results / "sweep.jsonl"))
-    return with_tables(text, Study(full), Study([*full, *swept]), read_walk(results))
+    full, swept, measured = (list(read_records(results / f"{plan}.jsonl")) for plan in ("full", "sweep", "measured"))
+    return with_tables(text, Study(full), Study([*full, *swept]), Study([*full, *measured]), read_walk(results))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def with_tables(text: str, study: Study, sweep: Study, walk: dict[str, Any]) -> str:
+def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: dict[str, Any]) -> str:
     """The text with its marked parts generated anew.
+
+    `sweep` and `measured` hold the records of `study` as well.
 
     Raises:
         KeyError: a mark names no table.
@@ -87,7 +89,14 @@ def with_tables(text: str, study: Study, sweep: Study, walk: dict[str, Any]) -> 
         "published": lambda: summary_table(study, "validation", [*OURS, *PUBLISHED, *DEFERRED]).markdown(),
     }
     kinds: tuple[Kind, ...] = ("validation", "training")
+    beside_measured = ["adam", *(name for variant in MEASURED for name in (variant.partition("-")[0], variant))]
     for kind in kinds:
+        tables[f"measured-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
+            measured, kind, beside_measured
+        ).markdown()
+        tables[f"measured-span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
+            measured, kind, beside_measured
+        ).markdown()
         tables[f"summary-{kind}"] = lambda kind=kind: summary_table(study, kind, MAIN).markdown()  # type: ignore[misc]
         tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
             study, kind, [name for name in MAIN if name in study.optimizers]
@@ -160,8 +169,8 @@ def draw_task(axes: Axes, study: Study, task: str) -> None:
         bound = sign * tuned[1] * (1 - TOLERANCE if digits else 1 + TOLERANCE)
         axes.axhline(bound, color="#999999", linewidth=0.8, linestyle="--")
         if not digits:
-            # Diverged runs would press everything else together.
-            axes.set_ylim(0.8 * min(shown), min(1.2 * max(shown), 40 * tuned[1]))
+            # Diverged runs, and seeds that got a small validation set right by luck, would press all else together.
+            axes.set_ylim(max(0.8 * min(shown), tuned[1] / 10), min(1.2 * max(shown), 40 * tuned[1]))
             axes.set_yscale("log")
     axes.set_xscale("log")
     axes.set_title(f"{TASKS[task].label}: {'digits gained' if digits else 'validation loss'}", fontsize=9)
