@@ -82,8 +82,8 @@ def test_plans_hold_no_run_twice(name: str) -> None:
     assert len(keys) == len(set(keys))
 
 
-def test_the_full_plan_gives_every_optimizer_all_decades_and_seeds() -> None:
-    made = {(run.task.name, run.contender.name, run.lr, run.seed) for run in plans.full()}
+def test_the_full_plan_and_that_of_the_measured_walk_give_every_optimizer_all_decades_and_seeds() -> None:
+    made = {(run.task.name, run.contender.name, run.lr, run.seed) for run in (*plans.full(), *plans.measured())}
     for task in tasks.TASKS:
         for optimizer in CONTENDERS:
             for lr in plans.DECADES:

@@ -122,8 +122,9 @@ CONTENDERS: dict[str, Contender] = {
             for variant, cls in VARIANTS.items()
         ),
         *(
-            _renamed(f"{variant}-measured", f"{cls.__name__}, measured walk", clara(variant, **MEASURED_WALK))
-            for variant, cls in VARIANTS.items()
+            _renamed(f"{variant}-measured", f"{VARIANTS[variant].__name__}, measured walk",
+                     clara(variant, **MEASURED_WALK))
+            for variant in ("global", "local")
         ),
     )
 }
