@@ -43,7 +43,7 @@ demo: $(VENV)/.ready-demo
 test: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
-	$(BIN)/python -m pytest --cov -n auto --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --cov -n auto $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
