@@ -12,6 +12,8 @@ import torch
 from helpers import VARIANTS, all_params, core_available, parameters, set_gradients, snapshot, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clara_fused.torch_backend import split_pieces
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -96,6 +98,19 @@ def test_max_temporary_bytes(limit: int, dtype: torch.dtype, variant: str) -> No
     bounded = peak_bytes(optimizer.step)
     assert bounded <= limit + PER_TENSOR * len(params)
     assert bounded <= unbounded
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (3, 5), (4, 1, 9), (2, 3, 5, 7)])
+@pytest.mark.parametrize("max_elements", [1, 2, 4, 6, 100])
+def test_pieces_cover_every_element_once(shape: tuple[int, ...], max_elements: int) -> None:
+    visits, transposed = torch.zeros(shape), torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1])
+    for piece in split_pieces([visits, transposed], max_elements):
+        assert piece[0].shape == piece[1].shape
+        assert piece[0].numel() <= max_elements
+        for part in piece:
+            part.add_(1)
+    assert (visits == 1).all()
+    assert (transposed == 1).all()
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "much"])

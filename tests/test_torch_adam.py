@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -158,3 +159,14 @@ def test_every_hyperparameter_is_a_group_option(variant: str) -> None:
         assert expected <= set(group)
         assert not {"fused", "process_group"} & set(group)
     assert [g["eps"] for g in optimizer.param_groups] == [1e-4, 1e-8]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_an_infinite_element_stays_infinite_without_weight_decay(variant: str, fused: bool, decoupled: bool) -> None:
+    """As in torch.optim.Adam: a decay of 0 must not make 0 * inf of a mask's elements."""
+    param = torch.nn.Parameter(torch.tensor([1.0, -math.inf, 2.0]))
+    optimizer = VARIANTS[variant]([param], lr=0.1, fused=fused, decoupled_weight_decay=decoupled)
+    param.grad = torch.tensor([1.0, 1.0, -1.0])
+    optimizer.step()
+    assert param[1].item() == -math.inf
+    assert param.detach()[[0, 2]].isfinite().all()
