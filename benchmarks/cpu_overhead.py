@@ -23,6 +23,7 @@ from rich.progress import Progress
 from harness import plots
 from harness.clocks import CpuClock, Step
 from harness.contenders import BASELINE, CONTENDERS, Unavailable
+from harness.memory import keep_freed_memory
 from harness.models import small_tensors
 from harness.report import (
     NOTHING_MEASURED,
@@ -33,7 +34,7 @@ from harness.report import (
     usable_device,
     write_json,
 )
-from harness.statistics import measure_interleaved, ratios, summarize
+from harness.statistics import all_seconds, measure_interleaved, ratios, summarize
 
 DEFAULT_TENSORS = (10, 30, 100, 300, 1000, 3000)
 DEFAULT_OPTIMIZERS = (
@@ -68,6 +69,7 @@ class HostClock:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     device = usable_device(args)
+    settings = {"seconds": args.seconds, "baseline": BASELINE, "keeps_freed_memory": keep_freed_memory()}
     names = list(dict.fromkeys([BASELINE, *args.optimizers]))
     results: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = linear_costs(results)
     path = args.out / f"cpu_overhead-{device.type}.json"
     write_json(
-        path, "cpu_overhead", device, {"seconds": args.seconds, "baseline": BASELINE},
+        path, "cpu_overhead", device, settings,
         results=results, costs=costs, skipped=[{"optimizer": n, "reason": r} for n, r in skipped.items()],
     )  # fmt: skip
     if not args.no_plots:
@@ -120,7 +122,7 @@ def measure(
             "tensors": count,
             "optimizer": name,
             "label": CONTENDERS[name].label,
-            "seconds": summarize(list(samples[name].values())).as_json(),
+            "seconds": summarize(all_seconds(samples, name)).as_json(),
             "ratio": summarize(ratios(samples, name, BASELINE)).as_json(),
         }
         for name in steps

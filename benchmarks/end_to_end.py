@@ -27,6 +27,7 @@ from harness import plots
 from harness.clocks import make_clock
 from harness.contenders import BASELINE, CONTENDERS, Contender, Unavailable
 from harness.environment import REPOSITORY
+from harness.memory import keep_freed_memory
 from harness.report import (
     NOTHING_MEASURED,
     benchmark_parser,
@@ -37,7 +38,7 @@ from harness.report import (
     usable_device,
     write_json,
 )
-from harness.statistics import measure_interleaved, ratios, summarize
+from harness.statistics import all_seconds, measure_interleaved, ratios, summarize
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
@@ -127,6 +128,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     device = usable_device(args)
+    settings = {"seconds": args.seconds, "baseline": BASELINE, "keeps_freed_memory": keep_freed_memory()}
     names = list(dict.fromkeys([BASELINE, *args.optimizers]))
     results: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOTHING_MEASURED
     path = args.out / f"end_to_end-{device.type}.json"
     write_json(
-        path, "end_to_end", device, {"seconds": args.seconds, "baseline": BASELINE}, results=results,
+        path, "end_to_end", device, settings, results=results,
         skipped=[{"optimizer": n, "reason": r} for n, r in skipped.items()],
     )  # fmt: skip
     if not args.no_plots:
@@ -184,7 +186,7 @@ def measure(
     samples = measure_interleaved(steps, make_clock(device, flush_cache=False), BASELINE, max_seconds=seconds)
     rows = []
     for name, step in steps.items():
-        whole = summarize(list(samples[name].values()))
+        whole = summarize(all_seconds(samples, name))
         parts = step.optimizer_and_step_seconds()
         params = list(step.model.parameters())
         rows.append(

@@ -26,7 +26,7 @@ from harness import plots
 from harness.clocks import Step, StreamLoops, graphed, make_clock
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, Contender, Unavailable
 from harness.environment import available_memory
-from harness.memory import peak_extra_bytes
+from harness.memory import keep_freed_memory, peak_extra_bytes
 from harness.models import DEFAULT_MODELS, MODELS, ModelShapes
 from harness.report import (
     NOTHING_MEASURED,
@@ -39,14 +39,18 @@ from harness.report import (
     usable_device,
     write_json,
 )
-from harness.statistics import Samples, measure_interleaved, ratios, summarize
+from harness.statistics import Samples, all_seconds, measure_interleaved, ratios, summarize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 WARM_UP_STEPS = 2
 # torch.compile unrolls every tensor: half a minute for 60 of them.
 MAX_TENSORS_TO_COMPILE = 20
-# Of what is free, for one group of contenders; a machine's main memory has other users as well.
-MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}
+# Of what is free at first, for one group of contenders. A machine's main memory has other users as well, and the first
+# use of each page may take longer than the steps that are measured in it.
+MEMORY_SHARE = {"cpu": 0.35, "cuda": 0.9}
+# At most, per model and dtype. A CPU's steps take longer, and other users of its memory make them less even.
+SECONDS = {"cpu": 30.0, "cuda": 15.0}
+ROUNDS = {"cpu": 40, "cuda": 200}
 NEVER_GRAPHED = {"published", "adam-loop"}  # they read from the device, or keep their step count on the host
 
 
@@ -65,7 +69,12 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     device = usable_device(args)
+    args.seconds = SECONDS[device.type] if args.seconds is None else args.seconds
+    args.rounds = ROUNDS[device.type] if args.rounds is None else args.rounds
     flush_cache = None if args.cache is None else args.cache == "flushed"
+    keeps_freed_memory = keep_freed_memory()
+    # Memory that is kept counts as taken from then on, although later models can have it.
+    memory = MEMORY_SHARE[device.type] * available_memory(device)
     names = list(dict.fromkeys([BASELINE, *args.optimizers]))
     models = [MODELS[name] for name in args.models or DEFAULT_MODELS[device.type]]
     outcome = Outcome()
@@ -74,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in models:
             for dtype in args.dtypes:
                 progress.update(bar, description=f"{model.description}, {dtype}")
-                run = Run(model, dtype, device, args, flush_cache, outcome)
+                run = Run(model, dtype, device, args, flush_cache, memory, outcome)
                 run.measure([CONTENDERS[name] for name in names])
                 progress.advance(bar)
                 print_model(outcome, model, dtype)
@@ -85,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {
         "seconds": args.seconds, "rounds": args.rounds, "graph": args.graph,
         "cache": args.cache or ("flushed" if device.type == "cuda" else "kept"), "baseline": BASELINE,
+        "keeps_freed_memory": keeps_freed_memory,
     }  # fmt: skip
     path = args.out / f"step_time-{device.type}.json"
     content = {"bandwidths": outcome.bandwidths, "results": outcome.results, "skipped": outcome.skipped}
@@ -96,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(__doc__, DEFAULT_CONTENDERS, seconds=15.0, seconds_per="model and dtype")
+    parser = benchmark_parser(__doc__, DEFAULT_CONTENDERS, seconds=None, seconds_per="model and dtype")
     add = parser.add_argument
     add("--models", nargs="+", type=checked_choices("model", MODELS), metavar="NAME",
         help=f"of {', '.join(MODELS)}; default: those that suit the device")  # fmt: skip
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE",
         help=f"of the parameters: {', '.join(DTYPES)}; default: float32 bfloat16")  # fmt: skip
-    add("--rounds", type=int, default=200, help="at most; default: %(default)s")
+    add("--rounds", type=int, help="at most; default: what suits the device")
     add("--graph", action="store_true", help="replay every step from a CUDA graph")
     add("--cache", choices=["flushed", "kept"],
         help="overwrite the cache before each step, or not; default: flushed on CUDA, kept on the CPU")  # fmt: skip
@@ -118,6 +128,7 @@ class Run:
     device: torch.device
     args: argparse.Namespace
     flush_cache: bool | None
+    memory: float
     outcome: Outcome
 
     @property
@@ -138,7 +149,7 @@ class Run:
     def _groups_that_fit(self, contenders: Sequence[Contender]) -> Iterator[list[Contender]]:
         """Pack contenders into groups whose states fit into memory together; each group has the baseline."""
         per_element = 2 * self.dtype.itemsize + max(self.dtype.itemsize, 4)  # parameter, gradient, one temporary
-        budget = MEMORY_SHARE[self.device.type] * available_memory(self.device) - self.model.elements * per_element
+        budget = self.memory - self.model.elements * per_element
         baseline = CONTENDERS[BASELINE]
 
         def state_bytes(contender: Contender) -> int:
@@ -183,7 +194,9 @@ class Run:
         samples = measure_interleaved(
             {**steps, **loops.steps()}, clock, BASELINE, max_seconds=seconds, max_rounds=self.args.rounds
         )
-        streamed = {name: summarize([loops.moved_bytes / s for s in samples[name].values()]) for name in loops.steps()}
+        streamed = {
+            name: summarize([loops.moved_bytes / s for s in all_seconds(samples, name)]) for name in loops.steps()
+        }
         fastest = max(streamed, key=lambda name: streamed[name].median)
         self.outcome.bandwidths.append(
             {"model": self.model.name, "dtype": self.dtype_name, "fastest": fastest}
@@ -222,15 +235,10 @@ class Run:
     def _record(
         self, contender: Contender, samples: Samples, loop_bytes: int, fastest_loop: str, extra_bytes: int | None
     ) -> None:
-        seconds = list(samples[contender.name].values())
+        seconds = all_seconds(samples, contender.name)
         traffic = contender.traffic(self.dtype)
         moved = traffic.moved * self.model.elements
-        loop = samples[fastest_loop]
-        shares = [
-            (moved / own) / (loop_bytes / loop[index])
-            for index, own in samples[contender.name].items()
-            if index in loop
-        ]
+        shares = [moved / loop_bytes / ratio for ratio in ratios(samples, contender.name, fastest_loop)]
         self.outcome.results.append(
             {
                 "model": self.model.name,

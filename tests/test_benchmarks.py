@@ -6,6 +6,7 @@ Models and results here are tiny: these are tests of the programs, not of speed.
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -34,9 +35,9 @@ import step_time
 from harness import models, plots, report
 from harness.clocks import CpuClock, StreamLoops
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS
-from harness.memory import peak_extra_bytes
+from harness.memory import keep_freed_memory, peak_extra_bytes
 from harness.published import PerTensorAdamClara
-from harness.statistics import measure_interleaved, ratios, summarize
+from harness.statistics import BASELINE_SAMPLES, all_seconds, measure_interleaved, ratios, summarize
 
 PROFILES = Path(__file__).parent / "profiles"
 BENCHMARKS = Path(step_time.__file__).parent
@@ -155,7 +156,7 @@ def test_ratios_are_immune_to_a_machine_that_slows_for_whole_rounds():
     found = summarize(ratios(samples, "other", "base"))
     assert found.samples == 120
     assert found.median == pytest.approx(1.5)
-    assert summarize(list(samples["base"].values())).quartile_high > 0.025
+    assert summarize(all_seconds(samples, "base")).quartile_high > 0.025
 
 
 def test_slow_contenders_miss_rounds_and_the_baseline_does_not():
@@ -163,7 +164,14 @@ def test_slow_contenders_miss_rounds_and_the_baseline_does_not():
     steps = {"base": lambda: 0.01, "slow": lambda: 1.0}
     samples = measure_interleaved(steps, clock, "base", max_seconds=60, max_rounds=12)
     assert len(samples["base"]) == 12
-    assert sorted(samples["slow"]) == [0, 4, 8]
+    assert sorted(samples["slow"]) == [0, 2, 4, 6, 8, 10]
+    # The baseline's noise is in every ratio, so it has several samples in a round.
+    assert {len(of_round) for of_round in samples["base"].values()} == {BASELINE_SAMPLES}
+    assert {len(of_round) for of_round in samples["slow"].values()} == {1}
+    assert len(all_seconds(samples, "base")) == 12 * BASELINE_SAMPLES
+    assert ratios(samples, "slow", "base") == [pytest.approx(100)] * 6
+    # To another than the baseline: of the rounds in which both took part.
+    assert ratios(samples, "base", "slow") == [pytest.approx(0.01)] * 6
 
 
 def test_peak_memory_of_a_step_counts_what_is_alive_at_once():
@@ -176,12 +184,57 @@ def test_peak_memory_of_a_step_counts_what_is_alive_at_once():
     assert 8000 <= peak_extra_bytes(step, torch.device("cpu")) < 9000
 
 
+PAGES_OF_REPEATED_BLOCKS = """
+import resource, sys
+import torch
+from harness.memory import keep_freed_memory, peak_extra_bytes
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+step = lambda: torch.ones(16 << 20)
+for _ in range(8):  # until a block that was freed fits, aligned
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+assert step().data_ptr() % 64 == 0
+assert peak_extra_bytes(step, torch.device("cpu")) == 64 << 20
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    def pages(mode):
+        command = [sys.executable, "-c", PAGES_OF_REPEATED_BLOCKS, mode]
+        environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        return int(done.stdout)
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert pages("keep") < (64 << 20) / page
+    # What it is there for: left alone, glibc gives each block back and asks for it anew.
+    assert pages("leave") >= 4 * (64 << 20) / page
+
+
+def test_without_glibc_memory_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False
+
+
 # --- the programs ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch):
     monkeypatch.setattr(CpuClock, "min_sample_seconds", 1e-4)
+
+
+@pytest.fixture(autouse=True)
+def memory_as_it_is(monkeypatch):
+    """The allocator of the process that runs the tests is not to be changed for good."""
+    for program in (step_time, cpu_overhead, end_to_end):
+        monkeypatch.setattr(program, "keep_freed_memory", lambda: False)
 
 
 @pytest.fixture
@@ -211,10 +264,13 @@ def test_step_time_runs_end_to_end(tiny, tmp_path, capsys):
     assert all("CUDA" in row["reason"] for row in document["skipped"])
     for row in document["results"]:
         assert row["seconds"]["median"] > 0
-        assert row["ratio"]["samples"] == row["seconds"]["samples"] >= 2
+        assert row["ratio"]["samples"] >= 2
+        samples_per_round = BASELINE_SAMPLES if row["optimizer"] == BASELINE else 1
+        assert row["seconds"]["samples"] == samples_per_round * row["ratio"]["samples"]
         assert row["peak_extra_bytes"] >= 0
         assert row["ratio"]["median"] == 1 or row["optimizer"] != BASELINE
     assert document["machine"]["cpu"] and document["versions"]["torch"] == torch.__version__
+    assert document["settings"]["keeps_freed_memory"] is False
     assert (tmp_path / "step_time-cpu-bfloat16.png").stat().st_size > 10_000
     assert (tmp_path / "roofline-cpu.png").exists()
     assert "AdamClara Smoothed deferred (PyTorch)" in capsys.readouterr().out

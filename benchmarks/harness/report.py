@@ -25,14 +25,14 @@ console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
 
 
 def benchmark_parser(
-    documentation: str | None, optimizers: Sequence[str], seconds: float, seconds_per: str
+    documentation: str | None, optimizers: Sequence[str], seconds: float | None, seconds_per: str
 ) -> argparse.ArgumentParser:
     """The options that all benchmarks have; to be completed with a program's own.
 
     Args:
         documentation: the program's docstring.
         optimizers: contenders measured by default.
-        seconds: measuring time by default, per `seconds_per`.
+        seconds: measuring time by default, per `seconds_per`; None if that is up to the device.
     """
     summary, _, details = (documentation or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -45,7 +45,8 @@ def benchmark_parser(
     add("--threads", type=int, help="CPU threads of PyTorch and the core; default: PyTorch's")
     add("--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(optimizers),
         metavar="NAME", help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
-    add("--seconds", type=float, default=seconds, help=f"to measure per {seconds_per}; default: %(default)g")
+    default_seconds = "what suits the device" if seconds is None else f"{seconds:g}"
+    add("--seconds", type=float, default=seconds, help=f"to measure per {seconds_per}; default: {default_seconds}")
     add("--no-plots", action="store_true")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -14,10 +15,12 @@ import numpy as np
 from harness.clocks import Clock, Step
 
 MAX_STEPS_PER_SAMPLE = 200
-# A contender this many times slower than the baseline takes part in every fourth round only: its ratio needs less
-# precision, and the time is better spent on those that are close.
-SLOW = 5.0
-SLOW_EVERY = 4
+# A contender this many times slower than the baseline takes part in every second round only: it fills as much time in
+# one as the others in several, and the time is better spent on those that are close.
+SLOW = 2.0
+SLOW_EVERY = 2
+# Every ratio has the baseline's time in it, whose noise would otherwise be the larger part of each.
+BASELINE_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def summarize(values: Sequence[float]) -> Summary:
     )
 
 
-Samples = dict[str, dict[int, float]]
-"""Seconds per step by contender and round."""
+Samples = dict[str, dict[int, list[float]]]
+"""Seconds per step by contender and round; the baseline has several samples in each round, the others one."""
 
 
 def measure_interleaved(
@@ -69,7 +72,7 @@ def measure_interleaved(
     max_rounds: int = 200,
     seed: int = 0,
 ) -> Samples:
-    """Time all contenders in rounds, in random order within each round.
+    """Time all contenders in rounds, in random order within each round, the baseline several times in each.
 
     What slows the machine for a while slows a whole round, and drops out of the ratios within it. Expects warm steps.
 
@@ -86,7 +89,7 @@ def measure_interleaved(
         steps_per_sample[name] = min(max(fitting, 1), MAX_STEPS_PER_SAMPLE)
     slow = {name for name in steps if once[name] > SLOW * once[baseline] and once[name] > clock.min_sample_seconds}
 
-    order = list(steps)
+    order = [*steps, *[baseline] * (BASELINE_SAMPLES - 1)]
     shuffler = random.Random(seed)
     samples: Samples = {name: {} for name in steps}
     started = perf_counter()
@@ -96,11 +99,17 @@ def measure_interleaved(
         shuffler.shuffle(order)
         for name in order:
             if name not in slow or round_index % SLOW_EVERY == 0:
-                samples[name][round_index] = clock.seconds_per_step(steps[name], steps_per_sample[name])
+                sample = clock.seconds_per_step(steps[name], steps_per_sample[name])
+                samples[name].setdefault(round_index, []).append(sample)
     return samples
 
 
+def all_seconds(samples: Samples, name: str) -> list[float]:
+    """A contender's seconds per step, of all rounds."""
+    return [seconds for of_round in samples[name].values() for seconds in of_round]
+
+
 def ratios(samples: Samples, name: str, baseline: str) -> list[float]:
-    """Time relative to the baseline's, round by round."""
-    base = samples[baseline]
-    return [seconds / base[index] for index, seconds in samples[name].items()]
+    """Time relative to another's, round by round, of the rounds in which both took part."""
+    own, base = samples[name], samples[baseline]
+    return [statistics.median(own[index]) / statistics.median(base[index]) for index in own if index in base]
