@@ -23,6 +23,7 @@ from rich.progress import Progress
 from harness import plots
 from harness.clocks import CpuClock, Step
 from harness.contenders import BASELINE, CONTENDERS, Unavailable
+from harness.environment import OtherWork
 from harness.memory import keep_freed_memory
 from harness.models import small_tensors
 from harness.report import (
@@ -69,6 +70,7 @@ class HostClock:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     device = usable_device(args)
+    other_work = OtherWork()
     settings = {"seconds": args.seconds, "baseline": BASELINE, "keeps_freed_memory": keep_freed_memory()}
     names = list(dict.fromkeys([BASELINE, *args.optimizers]))
     results: list[dict[str, Any]] = []
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = linear_costs(results)
     path = args.out / f"cpu_overhead-{device.type}.json"
     write_json(
-        path, "cpu_overhead", device, settings,
+        path, "cpu_overhead", device, settings, other_work.share(),
         results=results, costs=costs, skipped=[{"optimizer": n, "reason": r} for n, r in skipped.items()],
     )  # fmt: skip
     if not args.no_plots:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from harness import plots
 from harness.clocks import make_clock
 from harness.contenders import BASELINE, CONTENDERS, Contender, Unavailable
-from harness.environment import REPOSITORY
+from harness.environment import REPOSITORY, OtherWork
 from harness.memory import keep_freed_memory
 from harness.report import (
     NOTHING_MEASURED,
@@ -128,6 +128,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     device = usable_device(args)
+    other_work = OtherWork()
     settings = {"seconds": args.seconds, "baseline": BASELINE, "keeps_freed_memory": keep_freed_memory()}
     names = list(dict.fromkeys([BASELINE, *args.optimizers]))
     results: list[dict[str, Any]] = []
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOTHING_MEASURED
     path = args.out / f"end_to_end-{device.type}.json"
     write_json(
-        path, "end_to_end", device, settings, results=results,
+        path, "end_to_end", device, settings, other_work.share(), results=results,
         skipped=[{"optimizer": n, "reason": r} for n, r in skipped.items()],
     )  # fmt: skip
     if not args.no_plots:

@@ -25,7 +25,7 @@ from torch import Tensor
 from harness import plots
 from harness.clocks import Step, StreamLoops, graphed, make_clock
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, Contender, Unavailable
-from harness.environment import available_memory
+from harness.environment import OtherWork, available_memory
 from harness.memory import keep_freed_memory, peak_extra_bytes
 from harness.models import DEFAULT_MODELS, MODELS, ModelShapes
 from harness.report import (
@@ -69,6 +69,7 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     device = usable_device(args)
+    other_work = OtherWork()
     args.seconds = SECONDS[device.type] if args.seconds is None else args.seconds
     args.rounds = ROUNDS[device.type] if args.rounds is None else args.rounds
     flush_cache = None if args.cache is None else args.cache == "flushed"
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     path = args.out / f"step_time-{device.type}.json"
     content = {"bandwidths": outcome.bandwidths, "results": outcome.results, "skipped": outcome.skipped}
-    write_json(path, "step_time", device, settings, **content)
+    write_json(path, "step_time", device, settings, other_work.share(), **content)
     if not args.no_plots:
         for picture in plots.plot_step_time(path, args.out):
             console.print(f"plot: {picture}")

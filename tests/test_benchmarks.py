@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,6 +36,7 @@ import step_time
 from harness import models, plots, report
 from harness.clocks import CpuClock, StreamLoops
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS
+from harness.environment import OtherWork
 from harness.memory import keep_freed_memory, peak_extra_bytes
 from harness.published import PerTensorAdamClara
 from harness.statistics import BASELINE_SAMPLES, all_seconds, measure_interleaved, ratios, summarize
@@ -222,6 +224,53 @@ def test_without_glibc_memory_is_left_as_it_is(monkeypatch):
     assert keep_freed_memory() is False
 
 
+WORK_IN_ANOTHER_PROCESS = """
+import time
+end = time.perf_counter() + 30
+while time.perf_counter() < end:
+    pass
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the kernel does not tell")
+def test_other_work_is_the_work_of_others():
+    def share_of_two_seconds():
+        other_work = OtherWork()
+        time.sleep(2)
+        return other_work.share()
+
+    with subprocess.Popen([sys.executable, "-c", WORK_IN_ANOTHER_PROCESS]) as busy:
+        with_it = share_of_two_seconds()
+        busy.kill()
+    # Close to a whole core, or what others leave of it, which is other work as well.
+    assert with_it > 0.33 / os.cpu_count()
+
+
+def test_much_other_work_is_told(capsys):
+    report.warn_of_other_work(report.MUCH_OTHER_WORK * 1.5, "ran beside this")
+    assert "other work (8% of the cores) ran beside this" in capsys.readouterr().out
+    report.warn_of_other_work(report.MUCH_OTHER_WORK * 0.9, "ran beside this")
+    report.warn_of_other_work(None, "ran beside this")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the kernel does not tell")
+def test_other_work_is_not_ones_own(monkeypatch):
+    ticks = os.sysconf("SC_CLK_TCK")
+
+    def pass_time(seconds_of_everybody, own_seconds):
+        text = f"cpu  {round(seconds_of_everybody * ticks)} 0 0 99 0 0 0 0 0 0\n"
+        monkeypatch.setattr(Path, "read_text", lambda path: text)
+        monkeypatch.setattr(os, "times", lambda: os.times_result((own_seconds, 0.0, 0.0, 0.0, 0.0)))
+
+    pass_time(1000, 10)
+    other_work = OtherWork()
+    pass_time(1060, 70)
+    assert other_work.share() == 0
+    pass_time(1061, 70)
+    assert other_work.share() > 0
+
+
 # --- the programs ----------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +320,7 @@ def test_step_time_runs_end_to_end(tiny, tmp_path, capsys):
         assert row["ratio"]["median"] == 1 or row["optimizer"] != BASELINE
     assert document["machine"]["cpu"] and document["versions"]["torch"] == torch.__version__
     assert document["settings"]["keeps_freed_memory"] is False
+    assert document["other_work"] is None or document["other_work"] >= 0
     assert (tmp_path / "step_time-cpu-bfloat16.png").stat().st_size > 10_000
     assert (tmp_path / "roofline-cpu.png").exists()
     assert "AdamClara Smoothed deferred (PyTorch)" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -70,6 +71,34 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+class OtherWork:
+    """What other processes, and other users of the machine's cores, take of these from its creation on."""
+
+    def __init__(self) -> None:
+        self._started = perf_counter()
+        self._seconds = self._seconds_so_far()
+
+    def share(self) -> float | None:
+        """Of all cores' time since; None where the kernel does not tell."""
+        seconds = self._seconds_so_far()
+        if seconds is None or self._seconds is None:
+            return None
+        available = (perf_counter() - self._started) * (os.cpu_count() or 1)
+        return max(0.0, (seconds - self._seconds) / available)
+
+    @staticmethod
+    def _seconds_so_far() -> float | None:
+        """Core seconds of everybody but this process and its finished children, since the system started."""
+        try:
+            line = Path("/proc/stat").read_text().partition("\n")[0]
+        except OSError:
+            return None
+        user, nice, system, _idle, _waiting, irq, softirq, stolen = map(int, line.split()[1:9])
+        ticks = user + nice + system + irq + softirq + stolen
+        own = os.times()
+        return ticks / os.sysconf("SC_CLK_TCK") - (own.user + own.system + own.children_user + own.children_system)
 
 
 def total_memory() -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.contenders import CONTENDERS
-from harness.environment import REPOSITORY, describe_environment
+from harness.environment import REPOSITORY, OtherWork, describe_environment
 
 DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
 NOTHING_MEASURED = 3
 SCHEMA_VERSION = 1
+# Of all cores' time. Below it the medians were seen to stay where they are.
+MUCH_OTHER_WORK = 0.05
 
 console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
 
@@ -53,7 +55,9 @@ def benchmark_parser(
 
 def usable_device(args: argparse.Namespace) -> torch.device:
     """The device asked for, made current; exits with status 3 if this machine lacks it."""
-    warn_of_other_work()
+    other_work = OtherWork()
+    time.sleep(0.5)
+    warn_of_other_work(other_work.share(), "is running here: the ratios may not repeat")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -66,14 +70,13 @@ def usable_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def warn_of_other_work() -> None:
+def warn_of_other_work(share: float | None, consequence: str) -> None:
     """Ratios survive a machine that slows now and then, but not one whose cores are taken all the time.
 
     Threads that wait for each other then wait for the scheduler: torch's fused Adam was seen a thousand times slower.
     """
-    load = os.getloadavg()[0]
-    if load > 0.5 * (os.cpu_count() or 1):
-        console.print(f"[bold]other work is running here (load average {load:.1f}): the ratios may not repeat[/bold]")
+    if share is not None and share > MUCH_OTHER_WORK:
+        console.print(f"[bold]other work ({share:.0%} of the cores) {consequence}[/bold]")
 
 
 def checked_choices(kind: str, known: Any) -> Callable[[str], str]:
@@ -87,18 +90,32 @@ def checked_choices(kind: str, known: Any) -> Callable[[str], str]:
     return check
 
 
-def write_json(path: Path, benchmark: str, device: torch.device, settings: dict[str, Any], **content: Any) -> None:
+def write_json(
+    path: Path,
+    benchmark: str,
+    device: torch.device,
+    settings: dict[str, Any],
+    other_work: float | None,
+    **content: Any,
+) -> None:
+    """Write what was found, with all that it depends on.
+
+    Args:
+        other_work: the share of the cores that others had meanwhile; of much of it the user is warned.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "benchmark": benchmark,
         "schema": SCHEMA_VERSION,
         "device": device.type,
         **describe_environment(device),
+        "other_work": None if other_work is None else round(other_work, 3),
         "settings": settings,
         **content,
     }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     console.print(f"results: {path}")
+    warn_of_other_work(other_work, "ran beside this: the ratios may not repeat")
 
 
 def table(title: str, *columns: str) -> Table:

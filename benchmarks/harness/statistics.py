@@ -68,7 +68,7 @@ def measure_interleaved(
     baseline: str,
     *,
     max_seconds: float,
-    min_rounds: int = 5,
+    min_rounds: int = 12,
     max_rounds: int = 200,
     seed: int = 0,
 ) -> Samples:
