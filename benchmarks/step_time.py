@@ -26,7 +26,7 @@ from harness import plots
 from harness.clocks import Step, StreamLoops, graphed, make_clock
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, Contender, Unavailable
 from harness.environment import OtherWork, available_memory
-from harness.memory import keep_freed_memory, peak_extra_bytes
+from harness.memory import give_back_freed_memory, keep_freed_memory, peak_extra_bytes
 from harness.models import DEFAULT_MODELS, MODELS, ModelShapes
 from harness.report import (
     NOTHING_MEASURED,
@@ -143,6 +143,9 @@ class Run:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            elif available_memory(self.device) < self.memory / 2:
+                # The next group finds most of its memory in what was kept, but not where the gaps are too small for it.
+                give_back_freed_memory()
 
     def skip(self, contender: Contender, reason: str) -> None:
         self.outcome.skip(self.model.name, self.dtype_name, contender.name, reason)

@@ -189,16 +189,21 @@ def test_peak_memory_of_a_step_counts_what_is_alive_at_once():
 PAGES_OF_REPEATED_BLOCKS = """
 import resource, sys
 import torch
-from harness.memory import keep_freed_memory, peak_extra_bytes
+from harness.memory import give_back_freed_memory, keep_freed_memory, peak_extra_bytes
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 step = lambda: torch.ones(16 << 20)
-for _ in range(8):  # until a block that was freed fits, aligned
+for _ in range(10):  # until blocks that were freed are large enough for their alignment as well
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(20):
     step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+give_back_freed_memory()
+step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 assert step().data_ptr() % 64 == 0
 assert peak_extra_bytes(step, torch.device("cpu")) == 64 << 20
@@ -211,12 +216,15 @@ def test_freed_memory_is_kept_for_the_next_step():
         command = [sys.executable, "-c", PAGES_OF_REPEATED_BLOCKS, mode]
         environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-        return int(done.stdout)
+        return tuple(map(int, done.stdout.split()))
 
-    page = os.sysconf("SC_PAGE_SIZE")
-    assert pages("keep") < (64 << 20) / page
+    block = (64 << 20) / os.sysconf("SC_PAGE_SIZE")
+    of_twenty_steps, after_giving_back = pages("keep")
+    assert of_twenty_steps < 10 * block
+    assert after_giving_back >= block
     # What it is there for: left alone, glibc gives each block back and asks for it anew.
-    assert pages("leave") >= 4 * (64 << 20) / page
+    of_twenty_steps, _ = pages("leave")
+    assert of_twenty_steps >= 20 * block
 
 
 def test_without_glibc_memory_is_left_as_it_is(monkeypatch):
@@ -346,6 +354,19 @@ def test_contenders_that_do_not_fit_together_are_measured_in_groups(tiny, tmp_pa
     document = read(tmp_path / "step_time-cpu.json")
     assert len(document["bandwidths"]) == 3
     assert [row["optimizer"] for row in document["results"]] == [BASELINE, *names]
+
+
+def test_kept_memory_is_given_back_where_little_is_left(tiny, tmp_path, monkeypatch):
+    left = iter([10**9, 10**9, 10**6])  # at the start; after each of two groups
+    given_back = []
+    monkeypatch.setattr(step_time, "available_memory", lambda device: next(left))
+    monkeypatch.setattr(step_time, "give_back_freed_memory", lambda: given_back.append(1))
+    step_time.main(
+        ["--device", "cpu", "--models", "small-148x64", "--dtypes", "float32", "bfloat16", "--seconds", "0.1",
+         "--no-plots", "--optimizers", "adam-fused", "--out", str(tmp_path)]
+    )  # fmt: skip
+    assert next(left, "all asked for") == "all asked for"
+    assert given_back == [1]
 
 
 def test_cpu_overhead_runs_end_to_end(tmp_path):

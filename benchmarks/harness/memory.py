@@ -37,6 +37,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def give_back_freed_memory() -> None:
+    """Give what was kept back to the system; does nothing without glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
 def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
     """Most bytes allocated through PyTorch at any moment of a warm step, less what was allocated before it.
 
