@@ -20,9 +20,9 @@ from .options import GroupOptions, Variant
 _NEGLIGIBLE = 1e-12
 _MAX_TABLE_LENGTH = 1 << 20  # enough for beta1 up to 0.99997
 _SUM_BLOCK = 1024
-# Where the learning rate is right, batches still pull back what the last ones overdid, so the path is shorter than the
-# walk; docs/learning_rate.md has the measurements behind the number.
-_MEASURED_WALK_SHARE = 0.8
+# Where the learning rate is right, batches still pull back what the last ones overdid: the path is then shorter than a
+# walk of the measured steps, but longer than this share of it. docs/learning_rate.md has the measurements behind it.
+_RESTING_SHARE = 0.6
 
 
 def _check_walk(beta1: float, smoothing: float) -> None:
@@ -100,7 +100,7 @@ def _reference_table_on(
 ) -> Tensor:
     values: Sequence[float] = _reference_table(beta1, smoothing)
     if measured_walk:
-        values = [_MEASURED_WALK_SHARE * k / _step_variance(beta1, beta1**t) for t, k in enumerate(values, 1)]
+        values = [k / _step_variance(beta1, beta1**t) for t, k in enumerate(values, 1)]
     table = torch.tensor(values, dtype=dtype)
     if device.type == "cuda":
         # From pinned memory the copy does not wait for the device.
@@ -111,20 +111,29 @@ def _reference_table_on(
 def reference_at(steps: Tensor, options: GroupOptions) -> Tensor:
     """kappa for a vector of step numbers (float, from 1), on their device and in their dtype.
 
-    Under `measured_walk` the share of kappa_t / U_t, the walk's squared length in units of a step's.
+    Under `measured_walk` it is kappa_t / U_t, the walk's squared length in units of a step's.
     """
     if options.fixed_reference is not None:
         return torch.full_like(steps, options.fixed_reference)
     table = _reference_table_on(options.beta1, options.smoothing, options.measured_walk, steps.device, steps.dtype)
     limit = random_walk_limit(options.beta1, options.smoothing)
     if options.measured_walk:
-        limit *= _MEASURED_WALK_SHARE / _step_variance(options.beta1, 0.0)
+        limit /= _step_variance(options.beta1, 0.0)
     tabulated = table.index_select(0, (steps - 1.0).clamp(0, len(table) - 1).to(torch.int64))
     steps_beyond = (steps - len(table)).clamp(min=0.0)
     decay = _tail_decay(options.smoothing)
     # exp(-inf * 0) would be NaN, so smoothing = 1 is told apart on the host.
     tail = torch.exp(steps_beyond * decay) if math.isfinite(decay) else (steps_beyond == 0.0).to(steps.dtype)
     return torch.where(steps_beyond > 0.0, limit + (tabulated - limit) * tail, tabulated)
+
+
+def _excess_over_measured_walk(walk: Tensor) -> Tensor:
+    """By how much a path is too long or (negative) too short, from the walk's squared length in units of the path's.
+
+    At most 1 however long the path, without bound where it is short, so that the scale climbs slowly and falls fast.
+    Between the walk and the resting share of it the scale rests.
+    """
+    return (1.0 - walk).clamp(min=0.0) + (1.0 - _RESTING_SHARE * walk).clamp(max=0.0)
 
 
 def adapted_scales(scales: Tensor, sums: Tensor, options: GroupOptions, variant: Variant) -> Tensor:
@@ -141,7 +150,7 @@ def adapted_scales(scales: Tensor, sums: Tensor, options: GroupOptions, variant:
         return scales
     path_sq, expected_path_sq = sums.unbind(-1)
     ratio = path_sq / expected_path_sq
-    excess = torch.log(ratio) if options.measured_walk else ratio - 1.0
+    excess = _excess_over_measured_walk(expected_path_sq / path_sq) if options.measured_walk else ratio - 1.0
     factor = torch.exp(options.factor_gain * excess).clamp(*options.clip)
     previous = scales.to(sums.dtype)
     proposed = previous * factor if options.accumulate else factor

@@ -38,7 +38,7 @@ enum class ScaleRule : int32_t {
   kSmoothed,  // Smoothed: mu follows a moving average with weight lr_smoothing
 };
 
-// What the reference is counted in.
+// What the reference is counted in. It decides as well how the scale answers to the path; see path_excess.
 enum class WalkUnit : int32_t {
   kElement,      // the tensor's elements: steps as long as pure noise makes them
   kStepSquared,  // the squares of the step just measured
@@ -206,13 +206,26 @@ CLARA_HD double expected_path_sq(const GroupOptions& options, int64_t step, int6
   return kappa * (options.walk_unit == WalkUnit::kElement ? static_cast<double>(numel) : step_sq);
 }
 
+// Where the learning rate is right, batches still pull back what the last ones overdid: the path is then shorter than a
+// walk of the measured steps, but longer than this share of it. docs/learning_rate.md has the measurements behind it.
+constexpr double kRestingShare = 0.6;
+
+// By how much the path is too long (or, negative, too short); its product with factor_gain is the logarithm of mu's
+// factor. Counted in elements it is r - 1. Counted in measured steps it is relative to the path: at most 1 however long
+// the path, without bound where the path is short, so that mu climbs slowly and falls fast. In between mu rests.
+CLARA_HD double path_excess(double path_sq, double expected_path_sq, WalkUnit unit) {
+  if (unit == WalkUnit::kElement) return path_sq / expected_path_sq - 1.0;
+  const double walk = expected_path_sq / path_sq;
+  if (walk < 1.0) return 1.0 - walk;
+  return kRestingShare * walk > 1.0 ? 1.0 - kRestingShare * walk : 0.0;
+}
+
 // The next mu from the path's squared norm N and its expectation (sums over tensors under Global). mu stays when
 // adaptation is off, when the ratio is not finite and when nothing has moved yet.
 CLARA_HD float adapted_scale(float scale, double path_sq, double expected_path_sq, const GroupOptions& options) {
   const double ratio = path_sq / expected_path_sq;
   if (!options.adapt_lr || path_sq == 0.0 || !(std::fabs(ratio) <= 1.7976931348623157e308)) return scale;
-  const double excess = options.walk_unit == WalkUnit::kElement ? ratio - 1.0 : std::log(ratio);
-  double factor = std::exp(options.factor_gain * excess);
+  double factor = std::exp(options.factor_gain * path_excess(path_sq, expected_path_sq, options.walk_unit));
   factor = factor < options.clip_low ? options.clip_low : (factor > options.clip_high ? options.clip_high : factor);
   const double previous = static_cast<double>(scale);
   double next = options.accumulate ? previous * factor : factor;

@@ -34,17 +34,13 @@ inline double step_variance(double beta1, double power) {
   return (1.0 - beta1) / (1.0 + beta1) * (1.0 + power) / (1.0 - power);
 }
 
-// Where the learning rate is right, batches still pull back what the last ones overdid, so the path is shorter than the
-// walk; docs/learning_rate.md has the measurements behind the number.
-constexpr double kMeasuredWalkShare = 0.8;
-
-// The share of kappa_t / U_t, a walk's squared length in units of its last step's.
+// kappa_t / U_t, a walk's squared length in units of its last step's.
 inline std::vector<double> measured_walk_table(double beta1, double smoothing) {
   std::vector<double> table = random_walk_table(beta1, smoothing);
   double beta1_power = 1.0;
   for (double& value : table) {
     beta1_power *= beta1;
-    value *= kMeasuredWalkShare / step_variance(beta1, beta1_power);
+    value /= step_variance(beta1, beta1_power);
   }
   return table;
 }
@@ -55,7 +51,7 @@ inline double random_walk_limit(double beta1, double smoothing) {
 }
 
 inline double measured_walk_limit(double beta1, double smoothing) {
-  return kMeasuredWalkShare * random_walk_limit(beta1, smoothing) / step_variance(beta1, 0.0);
+  return random_walk_limit(beta1, smoothing) / step_variance(beta1, 0.0);
 }
 
 // Beyond the table kappa_t approaches its limit by this factor a step, as a logarithm.

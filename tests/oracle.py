@@ -119,10 +119,6 @@ class Interval:
         """Capped where it stays finite: the scale's bounds end far below."""
         return self._widened(*(np.exp(np.minimum(end, 600.0)) for end in (self.lo, self.hi)))
 
-    def log(self) -> Interval:
-        """Down to the smallest normal double: the scale's bounds end far above."""
-        return self._widened(*(np.log(np.maximum(end, 2.0**-1022)) for end in (self.lo, self.hi)))
-
     def widened(self, relative: float) -> Interval:
         margin = relative * self.magnitude
         return Interval(self.lo - margin, self.hi + margin, self.unit)
@@ -145,10 +141,6 @@ def sqrt(x: Number) -> Number:
 
 def exp(x: Number) -> Number:
     return x.exp() if isinstance(x, Interval) else np.exp(np.minimum(x, 600.0))
-
-
-def log(x: Number) -> Number:
-    return x.log() if isinstance(x, Interval) else np.log(x)
 
 
 def maximum(x: Number, y: Number) -> Number:
@@ -240,7 +232,7 @@ class Options:
             return u.size * kappa(step, self.betas[0], self.smoothing)
         if self.reference == "measured_walk":
             walk_per_step = kappa(step, self.betas[0], self.smoothing) / step_variance(step, self.betas[0])
-            return 0.8 * walk_per_step * math.fsum(float(x) ** 2 for x in u.ravel())
+            return walk_per_step * math.fsum(float(x) ** 2 for x in u.ravel())
         return u.size * float(self.reference)
 
 
@@ -295,7 +287,10 @@ def apply(options: Options, theta: Number, u: Number, rate: Number) -> Number:
 def adapted_scale(variant: str, options: Options, scale: Number, path_norm: Number, expected: Number) -> Number:
     """The new scale from the old one, the path norm (sum of path squared) and its random-walk reference."""
     ratio = path_norm / expected
-    excess = log(ratio) if options.reference == "measured_walk" else ratio - 1
+    excess = ratio - 1
+    if options.reference == "measured_walk":
+        walk = expected / path_norm
+        excess = maximum(1 - walk, 0) + minimum(1 - walk * 0.6, 0)
     factor = exp(excess * (options.smoothing / (2 * options.damping)))
     if options.clip is not None:
         factor = minimum(maximum(factor, options.clip[0]), options.clip[1])

@@ -160,8 +160,6 @@ double random_walk_limit(double beta1, double smoothing) {
   return (1.0 - beta1) / (1.0 + beta1) * (1.0 + beta1 * q) / (1.0 - beta1 * q);
 }
 
-constexpr double kMeasuredWalkShare = 0.8;
-
 // E[u^2] on pure noise: V_t / (1 - beta1^t)^2.
 double step_variance(double beta1, int64_t step) {
   double v = 0.0;
@@ -224,7 +222,7 @@ class Optimizer {
       tables_.push_back(random_walk(group.beta1, group.smoothing, kTableLength));
       if (group.measured_walk) {
         for (int t = 1; t <= kTableLength; ++t) {
-          tables_.back()[static_cast<size_t>(t - 1)] *= kMeasuredWalkShare / step_variance(group.beta1, t);
+          tables_.back()[static_cast<size_t>(t - 1)] /= step_variance(group.beta1, t);
         }
       }
       lr_tensors_.push_back({static_cast<float>(group.lr), group.lr});
@@ -316,7 +314,7 @@ class Optimizer {
     if (group.reference != 0.0) {
       o.reference = {nullptr, 0, group.reference, 0.0};
     } else {
-      const double units = group.measured_walk ? kMeasuredWalkShare * (1.0 + group.beta1) / (1.0 - group.beta1) : 1.0;
+      const double units = group.measured_walk ? (1.0 + group.beta1) / (1.0 - group.beta1) : 1.0;
       o.reference = {tables_[g].data(), kTableLength, units * random_walk_limit(group.beta1, group.smoothing),
                      2.0 * std::log(1.0 - group.smoothing)};
     }
@@ -400,9 +398,14 @@ void require_close(double got, double want, double tolerance, Place place, const
   throw Failure(text);
 }
 
+// Above the walk and below 0.6 of it, relative to the path; in between the scale rests.
+double excess_over_measured_walk(double ratio) {
+  return ratio > 1.0 ? 1.0 - 1.0 / ratio : ratio < 0.6 ? 1.0 - 0.6 / ratio : 0.0;
+}
+
 double next_scale(double scale, double ratio, double path_sq, const Group& g, Variant variant) {
   if (!g.adapt_lr || !std::isfinite(ratio) || path_sq == 0.0) return scale;
-  const double excess = g.measured_walk ? std::log(ratio) : ratio - 1.0;
+  const double excess = g.measured_walk ? excess_over_measured_walk(ratio) : ratio - 1.0;
   const double f = std::min(std::max(std::exp(g.smoothing / (2.0 * g.damping) * excess), g.clip_low), g.clip_high);
   double next = g.accumulate ? scale * f : f;
   if (variant == Variant::kSmoothed) next = g.lr_smoothing * scale + (1.0 - g.lr_smoothing) * next;
@@ -460,7 +463,7 @@ std::vector<Direction> check_measured(const Setup& setup, const Tensor& before, 
   require_close(sums.path_sq, norm, 3e-6 * norm, {index}, "path_sq");
   const double kappa = expected_kappa(g, std::lround(t));
   if (g.measured_walk) {
-    const double walk = kMeasuredWalkShare * kappa / step_variance(g.beta1, std::lround(t));
+    const double walk = kappa / step_variance(g.beta1, std::lround(t));
     require_close(sums.expected_path_sq, walk * step_sq, walk * step_sq_tolerance, {index}, "expected_path_sq");
   } else {
     const double expected = static_cast<double>(after.param.count()) * kappa;
