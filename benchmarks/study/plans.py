@@ -92,7 +92,8 @@ def measured() -> list[Run]:
     """The measured walk, to be compared with the records of `full`; the slow task last."""
     slow = [TASKS["gpt-text"]]
     fast = [task for task in TASKS.values() if task not in slow]
-    return [run for tasks in (fast, slow) for seed in SEEDS for run in runs_of(tasks, MEASURED, DECADES, seed)]
+    lrs = (*DECADES, *TUNING_LRS)
+    return [run for tasks in (fast, slow) for seed in SEEDS for run in runs_of(tasks, MEASURED, lrs, seed)]
 
 
 PLANS = {"full": full, "quick": quick, "sweep": sweep, "measured": measured}
