@@ -190,6 +190,18 @@ def test_the_summary_counts_tasks_with_all_decades_only() -> None:
     assert (summary.tasks, summary.wide, summary.mean_span, summary.small_regret) == (1, 1, 7.0, 1)
 
 
+def test_small_regrets_are_counted_among_the_known_ones() -> None:
+    tuned_between = [record(lr=lr) for lr in plans.DECADES] + [record(lr=3e-3, loss=0.5)]
+    tuned_at_decade = [record("mlp-wine", lr=lr, loss=0.5 if lr == 1e-3 else 1.0) for lr in plans.DECADES]
+    study = measures.Study(
+        [*tuned_between, *tuned_at_decade]
+        + [record(task, "prodigy", lr=lr, loss=0.5) for task in ("mlp-iris", "mlp-wine") for lr in plans.DECADES]
+    )
+    table = report.summary_table(study, "training", ["adam", "prodigy"])
+    small_regret = table.header.index("regret ≤ 1%")
+    assert [row[small_regret] for row in table.rows] == ["2 of 2", "1 of 1"]
+
+
 # --- random walk, tables, pictures -----------------------------------------------------------------------------------
 
 

@@ -144,7 +144,8 @@ class Summary:
     wide: int  # tasks with a span of at least 6 decades
     mean_span: float
     median_regret: float
-    small_regret: int  # tasks with a regret of at most 1%
+    regrets: int  # tasks whose tuned lr the optimizer was run from
+    small_regret: int  # of these, with a regret of at most 1%
     diverged: int
     runs: int
 
@@ -164,6 +165,7 @@ def summarize(study: Study, optimizer: str, kind: Kind, tasks: Sequence[str]) ->
         wide=sum(m.span >= WIDE_SPAN for m in found),
         mean_span=statistics.fmean(m.span for m in found),
         median_regret=statistics.median(regrets) if regrets else math.nan,
+        regrets=len(regrets),
         small_regret=sum(regret <= SMALL_REGRET for regret in regrets),
         diverged=sum(m.diverged for m in found),
         runs=sum(m.runs for m in found),

@@ -63,7 +63,7 @@ def summary_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
                 f"{summary.mean_span:.1f}",
                 f"{summary.wide} of {summary.tasks}",
                 percent(summary.median_regret),
-                f"{summary.small_regret} of {summary.tasks}",
+                f"{summary.small_regret} of {summary.regrets}",
                 f"{summary.diverged} of {summary.runs}",
             ]
         )
