@@ -283,7 +283,7 @@ class NinjaFile:
         version_define = f'-DCLARA_VERSION="{package_version()}"'
         self._compile("bindings", SOURCES / "bindings.cpp", [*CXX_FLAGS, *defines, version_define, *python_headers])
         self._compile("tensor_watch", SOURCES / "python" / "tensor_watch.cpp", [*CXX_FLAGS, *defines, *python_headers])
-        for name in ("cpu_backend", "dispatch", "team"):
+        for name in ("cpu_backend", "dispatch", "team", "workspace"):
             self._compile(name, SOURCES / "cpu" / f"{name}.cpp", [*CXX_FLAGS, *defines])
         for name, flags in (X86_INSTRUCTION_SETS if x86 else {"baseline": []}).items():
             kernel_flags = [*CXX_FLAGS, *KERNEL_FLAGS, *defines, f"-DCLARA_CPU_ISA={name}", *flags]

@@ -129,6 +129,20 @@ def is_capturing() -> bool:
     return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
+def release_workspace() -> int:
+    """Free the memory that steps on the CPU share; the next one that needs it allocates it anew.
+
+    Local and Smoothed keep Adam's steps of large tensors there between measure and apply, at most one byte for each
+    element that they optimize. All optimizers of the process share one such block, as large as the largest needed it,
+    which goes with the last of them.
+
+    Returns:
+        bytes freed; 0 where nothing was allocated, or there is no core, or a step is under way.
+    """
+    core, _ = _load()
+    return 0 if core is None else core.release_workspace()
+
+
 def _core_module() -> Any:
     return _load()[0]
 

@@ -373,6 +373,8 @@ PYBIND11_MODULE(_core, m) {
   m.attr("version") = CLARA_VERSION;
   m.def("supports", &supports, py::arg("cuda"), py::arg("param"), py::arg("grad"), py::arg("path"));
   m.def("build_info", &build_info);
+  m.def("release_workspace", [] { return cpu::Workspace::of_process()->release(); },
+        "Free the memory that steps on the CPU share until the next one needs it; returns its size in bytes.");
   m.def("cuda_problem", &cuda_problem, py::arg("device"));
   m.def("random_walk_table", &random_walk_table, py::arg("beta1"), py::arg("smoothing"));
   m.def("measured_walk_table", &measured_walk_table, py::arg("beta1"), py::arg("smoothing"));

@@ -32,6 +32,7 @@ import end_to_end
 import figures
 import nsight_report
 import step_time
+from helpers import core_available
 
 from harness import models, plots, report
 from harness.clocks import CpuClock, StreamLoops
@@ -184,6 +185,17 @@ def test_peak_memory_of_a_step_counts_what_is_alive_at_once():
         return (second * 2).sum()
 
     assert 8000 <= peak_extra_bytes(step, torch.device("cpu")) < 9000
+
+
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+@pytest.mark.parametrize(("contender", "share"), [("local", 1), ("global", 0), ("local-deferred", 0)])
+def test_extra_bytes_include_what_steps_share_of_memory(contender, share):
+    param = torch.nn.Parameter(torch.ones(200_000))
+    param.grad = torch.ones_like(param)
+    optimizer = CONTENDERS[contender].build([param])
+    optimizer.step()
+    extra = peak_extra_bytes(optimizer.step, torch.device("cpu"))
+    assert share * 100_000 <= extra <= share * 200_000
 
 
 PAGES_OF_REPEATED_BLOCKS = """

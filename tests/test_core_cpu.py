@@ -34,7 +34,7 @@ def test_cpp_core_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
         pytest.skip("needs g++")
     sources = [
         ROOT / "tests/cpp/cpu_core.cpp",
-        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("kernels", "cpu_backend", "dispatch", "team")),
+        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("kernels", "cpu_backend", "dispatch", "team", "workspace")),
     ]
 
     def compile_one(source: Path) -> str:
@@ -65,7 +65,7 @@ print(core_backend._core_module().build_info()["cpu_instruction_set"])
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-7}[dtype]
     torch.manual_seed(0)
-    values = [torch.randn(n, dtype=dtype) for n in (1, 15, 16, 17, 100, 16385, 40000)]
+    values = [torch.randn(n, dtype=dtype) for n in (1, 15, 16, 17, 100, 16385, 40000, 200_000, 300_000)]
     ours, theirs = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
     optimizers = [VARIANTS["Smoothed"](ours, fused=True, lr=0.01), VARIANTS["Smoothed"](theirs, fused=False, lr=0.01)]
     for _ in range(3):

@@ -9,6 +9,7 @@ import platform
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from clara_fused import core_backend
 from harness.clocks import Step
 
 # The profiler's library announces every start and stop on stderr, unless told that only errors matter.
@@ -46,6 +47,8 @@ def give_back_freed_memory() -> None:
 def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
     """Most bytes allocated through PyTorch at any moment of a warm step, less what was allocated before it.
 
+    The memory that steps of the compiled core share on a CPU counts as well: what it takes lasts beyond the step.
+
     Returns:
         None where PyTorch does not tell.
     """
@@ -56,9 +59,11 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    core_backend.release_workspace()  # what other contenders took is not this one's
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    return _peak_of_allocations(profiler)
+    peak = _peak_of_allocations(profiler)
+    return None if peak is None else peak + core_backend.release_workspace()
 
 
 def _peak_of_allocations(profiler: profile) -> int | None:

@@ -1,11 +1,6 @@
 #include "cpu_backend.h"
 
 #include <algorithm>
-#include <new>
-
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
 #include "kernels.h"
 #include "team.h"
@@ -16,38 +11,58 @@ namespace {
 
 // A tensor up to this size is measured, adapted and applied by one thread: all of it is still in that thread's cache.
 constexpr int64_t kMaxOwnTensor = 65536;
-constexpr std::align_val_t kCacheLine{64};
 // Elements that are worth handing to a thread at once.
 constexpr int64_t kTaskElements = 16384;
 
 // Note [Kept directions]: apply needs Adam's step of every element once more, and would read both moments again to
-// compute it. In tensors larger than the innermost caches they come from memory, because a last-level cache keeps
-// little of what streams through it once. It does keep what is used over and over, such as a block of memory in which
-// measure leaves the step of one tensor after the other. Apply reads that instead of the moments, 8 bytes per element
-// less from memory, and finds the same bits. The block takes a small share of the cache. Of a tensor that does not fit,
-// the last chunks are kept: apply comes to them first. Tensors that several threads share would need a barrier more,
-// before the next one overwrites what a thread may still read.
-constexpr int64_t kShareOfCache = 8;
-constexpr int64_t kGuessedCache = 16 << 20;
+// compute it. Of a tensor too large for the innermost caches they come from memory, and what a core can fetch from there
+// is the limit. So measure also writes the step, past the caches: 4 bytes written and 4 read (float32) take the place
+// of 8 read, and nothing is fetched in order to be overwritten. Apply finds the same bits. The memory is the process's
+// Workspace, used by one tensor after the other: all of it by a tensor that the threads share, and one part per thread
+// by the tensors that are a thread's own. It holds a quarter of the list's elements (float32): a larger one gains
+// little, and where a single tensor is most of the list, the moments of the rest are read again.
+constexpr int64_t kMaxKeptBytesPerElement = 1;
 
-// The last chunks of a tensor, and where their directions are kept.
+// The chunks of a tensor whose directions are kept: the first ones, as many as there is room for. Apply comes to the
+// last ones first, while the caches still have some of their moments.
 template <typename T>
 struct KeptChunks {
   T* directions = nullptr;
-  int64_t first = 0, last = 0;
+  int64_t count = 0;
 
-  T* of(int64_t chunk) const {
-    return chunk >= first && chunk < last ? directions + (chunk - first) * kChunk : nullptr;
-  }
+  T* of(int64_t chunk) const { return chunk < count ? directions + chunk * kChunk : nullptr; }
 };
 
 template <typename T>
-KeptChunks<T> kept_chunks(const Schedule& schedule, int member, int64_t numel) {
-  if (numel <= kMaxOwnTensor) return {};  // still in the cache as a whole
-  const int64_t chunks = chunks_of(numel);
-  const int64_t room = schedule.kept_bytes() / (kChunk * static_cast<int64_t>(sizeof(T)));
-  return {static_cast<T*>(schedule.kept_directions(member)), std::max(int64_t{0}, chunks - room), chunks};
-}
+class KeptDirections {
+ public:
+  KeptDirections(const TensorList& list, const Schedule& schedule)
+      : room_for_shared_(room(list, schedule.shared_tensors(), schedule.max_kept_bytes())),
+        room_for_own_(room(list, schedule.own_tensors(), schedule.max_kept_bytes() / schedule.threads())),
+        loan_(schedule.workspace(), std::max(room_for_shared_, schedule.threads() * room_for_own_) * kChunkBytes) {}
+
+  KeptChunks<T> of_shared(int64_t numel) const { return kept_at(0, room_for_shared_, numel); }
+  KeptChunks<T> of_own(int member, int64_t numel) const { return kept_at(member * room_for_own_, room_for_own_, numel); }
+
+ private:
+  static constexpr int64_t kChunkBytes = kChunk * static_cast<int64_t>(sizeof(T));
+
+  static int64_t chunks_to_keep(int64_t numel) { return numel > kMaxOwnTensor ? chunks_of(numel) : 0; }
+
+  // In chunks: enough for each of the tensors, which come largest first, within max_bytes.
+  static int64_t room(const TensorList& list, const std::vector<int64_t>& tensors, int64_t max_bytes) {
+    const int64_t largest = tensors.empty() ? 0 : list.tensors[tensors.front()].numel;
+    return std::min(chunks_to_keep(largest), max_bytes / kChunkBytes);
+  }
+
+  KeptChunks<T> kept_at(int64_t first_chunk, int64_t room, int64_t numel) const {
+    if (loan_.memory() == nullptr) return {};
+    return {reinterpret_cast<T*>(loan_.memory() + first_chunk * kChunkBytes), std::min(room, chunks_to_keep(numel))};
+  }
+
+  int64_t room_for_shared_, room_for_own_;
+  Workspace::Loan loan_;
+};
 
 bool skipped(const TensorList& list) { return list.found_inf != nullptr && *list.found_inf != 0.0f; }
 
@@ -251,24 +266,28 @@ void step_tensor_by_tensor(const Worker<T>& worker, const TensorList& list, cons
   to_measure.deal(0, chunks_of_shared(0));
   tasks.deal(0, static_cast<int64_t>(schedule.tasks().size()));
   Barrier barrier;
+  const KeptDirections<T> directions(list, schedule);
   run_on_team(schedule.threads(), [&](int member, int size) {
     for (int64_t i = 0; i < shared_count; ++i) {
       const int64_t tensor = shared[static_cast<size_t>(i)];
-      to_measure.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1); });
+      const KeptChunks<T> kept = directions.of_shared(list.tensors[tensor].numel);
+      to_measure.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1, kept); });
       barrier.arrive_and_wait(size, [&] {
         adapt_and_count(tensor);
         // Nobody is at work on either: all have measured this tensor and applied the one before it.
         to_apply.deal(0, chunks_of_shared(i));
         to_measure.deal(0, chunks_of_shared(i + 1));
       });
-      to_apply.work_backwards(member, [&](int64_t chunk) { worker.apply_backwards(tensor, chunk, chunk + 1); });
+      to_apply.work_backwards(member, [&](int64_t chunk) { worker.apply_backwards(tensor, chunk, chunk + 1, kept); });
+      // The next tensor's steps go where this one's are still being read.
+      barrier.arrive_and_wait(size, [] {}); 
     }
     tasks.work(member, [&](int64_t task) {
       const Schedule::Range& range = schedule.tasks()[static_cast<size_t>(task)];
       for (int64_t i = range.first; i < range.last; ++i) {
         const int64_t tensor = schedule.own_tensors()[static_cast<size_t>(i)];
         const int64_t chunks = chunks_of(list.tensors[tensor].numel);
-        const KeptChunks<T> kept = kept_chunks<T>(schedule, member, list.tensors[tensor].numel);
+        const KeptChunks<T> kept = directions.of_own(member, list.tensors[tensor].numel);
         worker.measure(tensor, 0, chunks, kept);
         adapt_and_count(tensor);
         worker.apply_backwards(tensor, 0, chunks, kept);
@@ -277,24 +296,24 @@ void step_tensor_by_tensor(const Worker<T>& worker, const TensorList& list, cons
   });
 }
 
-}  // namespace
-
-int64_t last_level_cache_bytes() {
-  int64_t bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-  return bytes > 0 ? bytes : kGuessedCache;
+int64_t total_elements(const TensorRecord* tensors, int64_t count) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += tensors[i].numel;
+  return total;
 }
+
+}  // namespace
 
 bool supports(DType param, DType grad, DType path) {
   return best_kernels().measure(param, grad, path, MeasureMode::kPlain, false) != nullptr;
 }
 
-Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads, int64_t cache_bytes)
-    : threads_(std::max(threads, 1)) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += tensors[i].numel;
+Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads)
+    : Schedule(tensors, count, threads, kMaxKeptBytesPerElement * total_elements(tensors, count)) {}
+
+Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads, int64_t max_kept_bytes)
+    : threads_(std::max(threads, 1)), max_kept_bytes_(max_kept_bytes) {
+  const int64_t total = total_elements(tensors, count);
   // Few enough elements for one task: a second thread would cost more than it saves.
   if (total <= kTaskElements) threads_ = 1;
 
@@ -315,8 +334,10 @@ Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads, int6
     const bool shared = threads_ > 1 && tensors[i].numel > max_own;
     (shared ? shared_tensors_ : own_tensors_).push_back(i);
   }
-  std::stable_sort(own_tensors_.begin(), own_tensors_.end(),
-                   [&](int64_t a, int64_t b) { return tensors[a].numel > tensors[b].numel; });
+  for (auto* indices : {&shared_tensors_, &own_tensors_}) {
+    std::stable_sort(indices->begin(), indices->end(),
+                     [&](int64_t a, int64_t b) { return tensors[a].numel > tensors[b].numel; });
+  }
   const auto own_count = static_cast<int64_t>(own_tensors_.size());
   for (int64_t first = 0; first < own_count;) {
     int64_t elements = 0, last = first;
@@ -326,19 +347,7 @@ Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads, int6
     tasks_.push_back({first, last});
     first = last;
   }
-  if (own_count > 0) allocate_kept_directions(tensors[own_tensors_.front()].numel, cache_bytes);
 }
-
-void Schedule::allocate_kept_directions(int64_t largest_own_tensor, int64_t cache_bytes) {
-  if (largest_own_tensor <= kMaxOwnTensor) return;
-  constexpr int64_t kChunkBytes = kChunk * static_cast<int64_t>(sizeof(double));
-  const int64_t share = cache_bytes / kShareOfCache / threads_;
-  kept_bytes_ = std::min(chunks_of(largest_own_tensor), share / kChunkBytes) * kChunkBytes;
-  // Takes no memory until a step of Local or Smoothed writes to it.
-  kept_.reset(static_cast<char*>(::operator new(static_cast<size_t>(threads_ * kept_bytes_), kCacheLine)));
-}
-
-void Schedule::AlignedDelete::operator()(char* block) const { ::operator delete(block, kCacheLine); }
 
 void measure(const TensorList& list, const Schedule& schedule) {
   if (skipped(list)) return;

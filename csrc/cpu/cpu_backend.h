@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../tensor_list.h"
+#include "workspace.h"
 
 namespace clara {
 namespace cpu {
@@ -19,13 +20,12 @@ constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChun
 // Whether the loops serve this combination of storage types.
 bool supports(DType param, DType grad, DType path);
 
-// The size of the last-level cache, or a guess.
-int64_t last_level_cache_bytes();
-
 // How the tensors of a list are shared between threads: derived from sizes alone, so it lasts as long as the tensors.
 class Schedule {
  public:
-  Schedule(const TensorRecord* tensors, int64_t count, int threads, int64_t cache_bytes = last_level_cache_bytes());
+  Schedule(const TensorRecord* tensors, int64_t count, int threads);
+  // With at most so much memory for Note [Kept directions].
+  Schedule(const TensorRecord* tensors, int64_t count, int threads, int64_t max_kept_bytes);
 
   // A run of chunks of one tensor, or all chunks of several small ones.
   struct Span {
@@ -39,29 +39,23 @@ class Schedule {
   int threads() const { return threads_; }
   // All tensors, in the list's order.
   const std::vector<Span>& spans() const { return spans_; }
-  // Tensors so large that all threads work on each together.
+  // Tensors so large that all threads work on each together, largest first.
   const std::vector<int64_t>& shared_tensors() const { return shared_tensors_; }
   // The others, largest first, and ranges of them that are worth handing to a thread.
   const std::vector<int64_t>& own_tensors() const { return own_tensors_; }
   const std::vector<Range>& tasks() const { return tasks_; }
-  // The memory of each member for Note [Kept directions], and its size.
-  void* kept_directions(int member) const { return kept_.get() + member * kept_bytes_; }
-  int64_t kept_bytes() const { return kept_bytes_; }
+  // For Note [Kept directions].
+  int64_t max_kept_bytes() const { return max_kept_bytes_; }
+  Workspace& workspace() const { return *workspace_; }
 
  private:
-  struct AlignedDelete {
-    void operator()(char* block) const;
-  };
-
-  void allocate_kept_directions(int64_t largest_own_tensor, int64_t cache_bytes);
-
   int threads_;
+  int64_t max_kept_bytes_;
   std::vector<Span> spans_;
   std::vector<int64_t> shared_tensors_;
   std::vector<int64_t> own_tensors_;
   std::vector<Range> tasks_;
-  std::unique_ptr<char[], AlignedDelete> kept_;
-  int64_t kept_bytes_ = 0;
+  std::shared_ptr<Workspace> workspace_ = Workspace::of_process();
 };
 
 // Every operation does nothing if *list.found_inf != 0. `partial_sums` are of doubles.

@@ -115,7 +115,7 @@ inline void measure_vector(const Streams& s, int64_t i, const MeasureCoefficient
   }
   const V direction = adam_direction(m, v, c.direction);
   if constexpr (mode != MeasureMode::kApply) {
-    if (s.direction != nullptr) S::store(direction, s.direction + i);
+    if (s.direction != nullptr) stream(direction, s.direction + i);
   }
   S::store(extended_path(S::load(s.path + i), direction, c), s.path + i);
   const V stored_path = S::load(s.path + i);
@@ -145,9 +145,6 @@ PartialSums<double> measure_chunk(const Chunk& chunk, const void* measure_coeffi
     prefetch<T>(s.v + i, kPrefetchLines);
     prefetch<T>(s.path + i, kPrefetchLines);
     if constexpr (mode != MeasureMode::kPlain) prefetch<T>(s.param + i, kPrefetchLines);
-    if constexpr (mode != MeasureMode::kApply) {
-      if (s.direction != nullptr) prefetch<T>(s.direction + i, kPrefetchLines);
-    }
     if constexpr (amsgrad) prefetch<T>(s.v_max + i, kPrefetchLines);
     for (int64_t j = i; j < i + kStep; j += kLanes<T>) measure_vector<T, mode, amsgrad>(s, j, c, a, sums);
   }
@@ -179,6 +176,7 @@ PartialSums<double> measure_chunk(const Chunk& chunk, const void* measure_coeffi
     if constexpr (amsgrad) v_max.write_back();
     path.write_back();
   }
+  if (s.direction != nullptr) end_streaming();
   return {sums.path_sq.total(), sums.step_sq.total()};
 }
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/cpu_backend.h"
@@ -123,7 +124,7 @@ class Tensor {
 };
 
 const std::vector<int64_t> kSizes = {0, 1, 3, 15, 16, 17, 0, 63, 65, 128, cpu::kChunk - 1, cpu::kChunk, cpu::kChunk + 1,
-                                     5 * cpu::kChunk + 7, 2};
+                                     5 * cpu::kChunk + 7, 2, 4 * cpu::kChunk + 1};
 
 struct Model {
   Case c;
@@ -165,7 +166,7 @@ struct Model {
   }
 
   void run(int steps_to_take, int threads, bool in_one_go, float found_inf = 0.0f,
-           int64_t cache_bytes = cpu::last_level_cache_bytes()) {
+           int64_t max_kept_bytes = int64_t{1} << 30) {
     options.reference = {table.data(), static_cast<int64_t>(table.size()), random_walk_limit(0.9, 0.2),
                          random_walk_log_tail_decay(0.2)};
     std::vector<TensorRecord> records;
@@ -194,7 +195,7 @@ struct Model {
     list.param_dtype = c.param, list.grad_dtype = c.grad, list.path_dtype = c.path;
     list.variant = c.variant;
     list.deferred = c.deferred;
-    const cpu::Schedule schedule(records.data(), list.count, threads, cache_bytes);
+    const cpu::Schedule schedule(records.data(), list.count, threads, max_kept_bytes);
     for (int t = 0; t < steps_to_take; ++t) {
       if (in_one_go) {
         cpu::step(list, schedule);
@@ -253,16 +254,17 @@ void check_first_step(const Case& c) {
 
 void check(const Case& c) {
   check_first_step(c);
-  Model once(c), threaded(c), verbs(c), skipped(c);
+  Model once(c), verbs(c), skipped(c);
   once.run(3, 1, true);
-  // Directions are kept between measure and apply in a part of the cache: of no chunk, of some, of all.
-  for (const int64_t cache_bytes : {int64_t{0}, 8 * 2 * cpu::kChunk * int64_t{sizeof(double)}, int64_t{1} << 30}) {
-    Model kept(c);
-    kept.run(3, 1, true, 0.0f, cache_bytes);
-    expect(kept.same_bits(once), c.name() + ": differs with a cache of " + std::to_string(cache_bytes) + " bytes");
+  // However many threads, and whatever is kept between measure and apply: the steps of no chunk, of some, of all.
+  for (const int64_t max_kept_bytes : {int64_t{0}, int64_t{2 * cpu::kChunk * sizeof(double)}, int64_t{1} << 30}) {
+    for (const int threads : {1, 3}) {
+      Model kept(c);
+      kept.run(3, threads, true, 0.0f, max_kept_bytes);
+      expect(kept.same_bits(once), c.name() + ": differs with " + std::to_string(threads) + " threads and at most " +
+                                       std::to_string(max_kept_bytes) + " bytes of kept directions");
+    }
   }
-  threaded.run(3, 3, true);
-  expect(threaded.same_bits(once), c.name() + ": differs between 1 and 3 threads");
   if (c.variant != Variant::kGlobal) {
     verbs.run(3, 3, false);
     expect(verbs.same_bits(once), c.name() + ": the verbs differ from the whole step");
@@ -325,6 +327,40 @@ void check_conversions() {
   expect(Stored<DoubleVector>::load(bfloats)[0] == 1.0 + 0x1p-7, "float64 to bfloat16 rounds twice");
 }
 
+// A step must not wait for another thread's, nor find its memory taken from under it.
+void check_workspace() {
+  const auto workspace = cpu::Workspace::of_process();
+  expect(cpu::Workspace::of_process() == workspace, "two workspaces in one process");
+  expect(cpu::Workspace::Loan(*workspace, 0).memory() == nullptr, "memory that nobody asked for");
+  {
+    const cpu::Workspace::Loan loan(*workspace, 1000);
+    expect(loan.memory() != nullptr && reinterpret_cast<uintptr_t>(loan.memory()) % 64 == 0, "memory not as promised");
+    std::memset(loan.memory(), 1, 1000);
+    std::thread([&] {
+      const cpu::Workspace::Loan other(*workspace, 10);
+      expect(other.memory() == nullptr, "two threads have the workspace");
+      expect(workspace->release() == 0, "memory freed that a thread uses");
+    }).join();
+  }
+  {
+    const cpu::Workspace::Loan larger(*workspace, 100000);
+    expect(larger.memory() != nullptr, "not given back");
+    std::memset(larger.memory(), 1, 100000);
+  }
+  const cpu::Workspace::Loan smaller(*workspace, 1000);
+  expect(cpu::Workspace::Loan(*workspace, 1000).memory() == nullptr, "two loans at once");
+}
+
+void check_workspace_of_threads() {
+  const Case c{DType::kFloat32, DType::kFloat32, DType::kFloat32, Variant::kLocal, false, false, false};
+  Model alone(c), first(c), second(c);
+  alone.run(20, 2, true);
+  std::thread beside([&] { first.run(20, 2, true); });
+  second.run(20, 2, true);
+  beside.join();
+  expect(first.same_bits(alone) && second.same_bits(alone), "steps of two threads at once disturb each other");
+}
+
 void check_order_free_sum() {
   const Case c{DType::kFloat32, DType::kFloat32, DType::kFloat32, Variant::kGlobal, false, false, false};
   Model model(c);
@@ -349,6 +385,8 @@ void check_order_free_sum() {
 int main(int argc, char**) {
   check_conversions();
   check_order_free_sum();
+  check_workspace();
+  check_workspace_of_threads();
   std::vector<DType> dtypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
   if (argc > 1) dtypes.resize(1);
   int cases = 0;
