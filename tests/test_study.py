@@ -202,6 +202,16 @@ def test_small_regrets_are_counted_among_the_known_ones() -> None:
     assert [row[small_regret] for row in table.rows] == ["2 of 2", "1 of 1"]
 
 
+def test_one_rate_counts_tasks_near_their_own_tuned_baseline() -> None:
+    adam = [record(lr=1e-3), record("mlp-wine", loss=0.5, lr=1e-2), record("mlp-wine", loss=2.0, lr=1e-3)]
+    ours = [record("mlp-wine", "local", loss=0.54, lr=1e-3), record(optimizer="local", loss=1.2, lr=1e-3)]
+    diverged = {**record(optimizer="local", loss=0.9, lr=1e-1), "diverged": True}
+    table = report.one_rate_table(measures.Study([*adam, *ours, diverged]), "training", ["adam", "local"])
+    at = {lr: table.header.index(report.lr_text(lr)) for lr in (1e-3, 1e-2, 1e-1)}
+    assert [table.rows[0][at[lr]] for lr in (1e-3, 1e-2)] == ["1", "1 of 1"]
+    assert [table.rows[1][at[lr]] for lr in (1e-3, 1e-1)] == ["1", "0 of 1"]
+
+
 # --- random walk, tables, pictures -----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 
 from .measures import TOLERANCE, Kind, Study
 from .plans import DECADES, DEFERRED, MAIN, MEASURED, OURS, PUBLISHED, SWEEP_TASKS
-from .report import Table, label, loss_table, span_table, summary_table
+from .report import Table, label, loss_table, one_rate_table, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
 from .tasks import TASKS
@@ -96,6 +96,9 @@ def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: di
         ).markdown()
         tables[f"measured-span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
             measured, kind, beside_measured
+        ).markdown()
+        tables[f"one-rate-{kind}"] = lambda kind=kind: one_rate_table(  # type: ignore[misc]
+            measured, kind, [*MAIN, *MEASURED]
         ).markdown()
         tables[f"summary-{kind}"] = lambda kind=kind: summary_table(study, kind, MAIN).markdown()  # type: ignore[misc]
         tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]

@@ -101,6 +101,15 @@ class Study:
         means = self.means(task, BASELINE, kind)
         return min(means.items(), key=lambda item: item[1]) if means else None
 
+    def matches_tuned(self, task: str, optimizer: str, lr: float, kind: Kind) -> bool | None:
+        """Whether the runs from this lr end within 10% of tuned Adam; None where either is not recorded."""
+        cell = self.cells.get((task, optimizer, lr))
+        tuned = self.tuned_baseline(task, kind)
+        if cell is None or tuned is None:
+            return None
+        # With few held-out samples a run that diverged can end with a low validation loss by luck.
+        return excess(cell.mean(kind), tuned[1]) <= TOLERANCE and not cell.diverged
+
     def measures(self, task: str, optimizer: str, kind: Kind) -> Measures | None:
         """None where the optimizer or the baseline was not run on the task."""
         means = self.means(task, optimizer, kind)
@@ -112,11 +121,7 @@ class Study:
         safe = [r for lr in means if lr <= SAFE_LR for r in self.cells[task, optimizer, lr].records]
         everything = [r for lr in means for r in self.cells[task, optimizer, lr].records]
         return Measures(
-            # With few held-out samples a run that diverged can end with a low validation loss by luck.
-            span=sum(
-                excess(means[lr], tuned_score) <= TOLERANCE and not self.cells[task, optimizer, lr].diverged
-                for lr in decades
-            ),
+            span=sum(self.matches_tuned(task, optimizer, lr, kind) is True for lr in decades),
             decades=len(decades),
             regret=excess(means[tuned_lr], tuned_score) if tuned_lr in means else None,
             best=min(means.values()),

@@ -85,6 +85,19 @@ def span_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
     return Table(f"span (regret) by {kind} loss", ["task", "Adam's lr", *map(label, optimizers)], rows)
 
 
+def one_rate_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
+    """On how many tasks one initial rate, the same for all of them, ends within 10% of each task's tuned Adam."""
+    rows = []
+    for optimizer in optimizers:
+        cells = []
+        for lr in DECADES:
+            known = [study.matches_tuned(task, optimizer, lr, kind) for task in study.tasks]
+            recorded = [matches for matches in known if matches is not None]
+            cells.append(f"{sum(recorded)}" if len(recorded) == len(known) else f"{sum(recorded)} of {len(recorded)}")
+        rows.append([label(optimizer), *cells])
+    return Table(f"tasks of {len(study.tasks)}, by {kind} loss", ["optimizer", *map(lr_text, DECADES)], rows)
+
+
 def loss_table(study: Study, task: str, kind: Kind, optimizers: Sequence[str]) -> Table:
     """Mean over seeds of the final loss, or of the digits gained, from each decade."""
     digits = TASKS[task].goal == "digits"
