@@ -43,8 +43,8 @@ class AdamClara(Optimizer):
         smoothing: weight of a new step in the path, in (0, 1]; the path remembers about 1/smoothing steps.
         damping: > 0; a larger one makes the scale follow the path more slowly.
         reference: what the path is compared with. ``"random_walk"``: Adam steps on pure noise; ``"measured_walk"``: a
-            walk of steps as long as the one just measured, which wants ``damping=0.5``; a number > 0: this squared
-            path of one element.
+            walk of steps as long as the one just measured, which wants ``damping=0.5`` (Smoothed: ``damping=0.25,
+            lr_smoothing=0.5``); a number > 0: this squared path of one element.
         clip: bounds of the scale's factor in one step, 0 < low <= high, or None.
         accumulate: the factor multiplies the scale; False: it replaces it.
         deferred: step with the scale measured in the step before, which saves one pass over memory.

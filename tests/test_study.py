@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from study import figures, measures, plans, random_walk, report, runs, tasks
-from study.contenders import CONTENDERS, clara
+from study import figures, measures, plans, random_walk, report, runs, sweep_report, tasks
+from study.contenders import CONTENDERS, clara, variation
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "learning_rate"
@@ -88,6 +88,34 @@ def test_the_full_plan_and_that_of_the_measured_walk_give_every_optimizer_all_de
         for optimizer in CONTENDERS:
             for lr in plans.DECADES:
                 assert all((task, optimizer, lr, seed) in made for seed in plans.SEEDS)
+
+
+def test_the_sweep_covers_what_the_defaults_are_chosen_by() -> None:
+    needed = {"smoothing", "damping", "clip", "initial_scale", "scale_bounds"}
+    for base, changes in plans.SWEPT.items():
+        swept = {option for change in changes for option in change}
+        if not base.startswith("smoothed"):
+            assert swept >= needed, base
+        else:
+            assert "lr_smoothing" in swept, base
+    assert {option for change in plans.SWEPT["smoothed"] for option in change} >= needed
+    for run in plans.sweep():
+        assert run.seed in plans.SWEEP_SEEDS[run.task.name]
+
+
+def test_every_setting_of_the_sweep_differs_from_what_it_is_compared_with() -> None:
+    for base in plans.SWEPT:
+        made = [CONTENDERS[base], *plans.variations(base)]
+        assert len({json.dumps(dict(contender.options), sort_keys=True) for contender in made}) == len(made)
+        assert len({contender.name for contender in made}) == len(made)
+
+
+def test_a_variation_keeps_what_it_does_not_change() -> None:
+    base, changed = CONTENDERS["smoothed-measured"], variation("smoothed-measured", damping=0.1)
+    assert (base.options["damping"], changed.options["damping"]) == ("0.25", "0.1")
+    assert {**changed.options, "damping": "0.25"} == base.options
+    assert changed.name == "smoothed-measured,damping=0.1"
+    assert changed.label == "AdamClaraSmoothed, measured walk,damping=0.1"
 
 
 # --- tasks and contenders --------------------------------------------------------------------------------------------
@@ -210,6 +238,46 @@ def test_one_rate_counts_tasks_near_their_own_tuned_baseline() -> None:
     at = {lr: table.header.index(report.lr_text(lr)) for lr in (1e-3, 1e-2, 1e-1)}
     assert [table.rows[0][at[lr]] for lr in (1e-3, 1e-2)] == ["1", "1 of 1"]
     assert [table.rows[1][at[lr]] for lr in (1e-3, 1e-1)] == ["1", "0 of 1"]
+
+
+def swept_study(losses: dict[str, float], skip: set[str] | None = None) -> measures.Study:
+    """Adam's loss is 1 everywhere. `losses` are those of the others from 1e-3, and ten times it from other rates."""
+    return measures.Study(
+        record(task, name, lr, loss if name == "adam" or lr == 1e-3 else 10 * loss, seed)
+        for task in tasks.TASKS
+        for name, loss in {"adam": 1.0, **losses}.items()
+        for lr in plans.SWEEP_LRS
+        for seed in plans.SEEDS
+        if not (task == "mlp-iris" and name in (skip or set()))
+    )
+
+
+def test_the_sweep_compares_each_setting_with_the_unchanged_one() -> None:
+    better, equal = "local,damping=0.5", "local,damping=5.0"
+    study = swept_study({"local": 0.2, better: 0.05, equal: 0.202})
+    table = sweep_report.sweep_table(study, "local")
+    assert [line[0] for line in table.rows] == ["nothing", "damping=0.5", "damping=5.0"]
+    near = table.header.index("within 10% of tuned Adam, training")
+    assert [line[near] for line in table.rows] == ["14", "42", "14"]
+    # Two seeds of thirteen tasks and one of the slow task from 1e-5; 1e-1 may diverge.
+    assert [line[-1] for line in table.rows] == ["0 of 54", "0 of 54", "27 of 54"]
+    won_and_lost = table.header.index("better : worse, training")
+    from_1e3 = table.header.index("from 1e-3")
+    assert [line[won_and_lost] for line in table.rows] == ["–", "42 : 0", "0 : 0"]
+    assert [line[from_1e3] for line in table.rows[1:]] == ["-75.0%", "+1.0%"]
+
+
+def test_the_sweep_shows_no_setting_that_was_not_run_everywhere() -> None:
+    study = swept_study({"local": 0.1, "local,damping=0.5": 0.1}, skip={"local,damping=0.5"})
+    assert [line[0] for line in sweep_report.sweep_table(study, "local").rows] == ["nothing"]
+
+
+def test_a_lost_run_changes_all_or_nothing() -> None:
+    assert sweep_report.change(1.0, math.inf) == -1.0
+    assert sweep_report.change(math.inf, 1.0) == math.inf
+    assert sweep_report.change(math.inf, math.inf) == 0.0
+    assert sweep_report.change(-3.0, 0.0) == -1.0  # three digits gained instead of none
+    assert sweep_report.change(-3.0, -4.0) == pytest.approx(0.25)
 
 
 # --- random walk, tables, pictures -----------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .measures import TOLERANCE, Kind, Study
-from .plans import DECADES, DEFERRED, MAIN, MEASURED, OURS, PUBLISHED, SWEEP_TASKS
+from .measures import KINDS, TOLERANCE, Study
+from .plans import DECADES, DEFERRED, MAIN, MEASURED, OURS, PUBLISHED, SWEPT
 from .report import Table, label, loss_table, one_rate_table, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
@@ -68,7 +68,8 @@ def read_walk(results: Path) -> dict[str, Any]:
 
 def with_recorded_tables(text: str, results: Path) -> str:
     full, swept, measured = (list(read_records(results / f"{plan}.jsonl")) for plan in ("full", "sweep", "measured"))
-    return with_tables(text, Study(full), Study([*full, *swept]), Study([*full, *measured]), read_walk(results))
+    beside_full = Study([*full, *measured])
+    return with_tables(text, Study(full), Study([*full, *measured, *swept]), beside_full, read_walk(results))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def with_recorded_tables(text: str, results: Path) -> str:
 def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: dict[str, Any]) -> str:
     """The text with its marked parts generated anew.
 
-    `sweep` and `measured` hold the records of `study` as well.
+    `measured` holds the records of `study` as well, and `sweep` those of both.
 
     Raises:
         KeyError: a mark names no table.
@@ -88,9 +89,8 @@ def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: di
         "random-walk": lambda: walk_table(walk).markdown(),
         "published": lambda: summary_table(study, "validation", [*OURS, *PUBLISHED, *DEFERRED]).markdown(),
     }
-    kinds: tuple[Kind, ...] = ("validation", "training")
     beside_measured = ["adam", *(name for variant in MEASURED for name in (variant.partition("-")[0], variant))]
-    for kind in kinds:
+    for kind in KINDS:
         tables[f"measured-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
             measured, kind, beside_measured
         ).markdown()
@@ -104,7 +104,8 @@ def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: di
         tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
             study, kind, [name for name in MAIN if name in study.optimizers]
         ).markdown()
-        tables[f"sweep-{kind}"] = lambda kind=kind: sweep_table(sweep, kind, SWEEP_TASKS).markdown()  # type: ignore[misc]
+    for base in SWEPT:
+        tables[f"sweep-{base}"] = lambda base=base: sweep_table(sweep, base).markdown()  # type: ignore[misc]
     return MARKED.sub(lambda match: match[1] + tables[match[2]]() + match[4], text)
 
 

@@ -16,7 +16,8 @@ TOLERANCE = 0.10
 BASELINE = "adam"
 SAFE_LR = 1e-2
 
-Kind = Literal["training", "validation"]
+Kind = Literal["validation", "training"]
+KINDS: tuple[Kind, ...] = ("validation", "training")
 
 
 @dataclass(frozen=True)

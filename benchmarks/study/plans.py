@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
-from .contenders import CONTENDERS, VARIANTS, Contender, clara
+from .contenders import CONTENDERS, VARIANTS, Contender, variation
 from .runs import Run
 from .tasks import TASKS, Task
 
@@ -20,7 +20,10 @@ OURS = tuple(VARIANTS)
 MAIN = ("adam", *OURS, "prodigy", "adamw-cosine", "schedulefree", "dadaptation")
 PUBLISHED = tuple(f"{variant}-published" for variant in VARIANTS)
 DEFERRED = tuple(f"{variant}-deferred" for variant in VARIANTS)
-MEASURED = ("global-measured", "local-measured")
+MEASURED = tuple(f"{variant}-measured" for variant in VARIANTS)
+
+SLOW_TASKS = (TASKS["gpt-text"],)
+FAST_TASKS = tuple(task for task in TASKS.values() if task not in SLOW_TASKS)
 
 
 def runs_of(tasks: Iterable[Task], names: Iterable[str], lrs: Iterable[float], seed: int) -> list[Run]:
@@ -29,19 +32,17 @@ def runs_of(tasks: Iterable[Task], names: Iterable[str], lrs: Iterable[float], s
 
 def full() -> list[Run]:
     """All tasks, all optimizers, seven decades, three seeds; the slow task after the others of a seed."""
-    slow = [TASKS["gpt-text"]]
-    fast = [task for task in TASKS.values() if task not in slow]
     extra = (*PUBLISHED, *DEFERRED)
 
-    def main(tasks: list[Task], seed: int) -> list[Run]:
+    def main(tasks: Iterable[Task], seed: int) -> list[Run]:
         return runs_of(tasks, MAIN, DECADES, seed) + runs_of(tasks, ("adam", *OURS), TUNING_LRS, seed)
 
-    runs = main(fast, SEEDS[0]) + main(slow, SEEDS[0]) + runs_of(fast, extra, DECADES, SEEDS[0])
+    runs = main(FAST_TASKS, SEEDS[0]) + main(SLOW_TASKS, SEEDS[0]) + runs_of(FAST_TASKS, extra, DECADES, SEEDS[0])
     for seed in SEEDS[1:]:
-        runs += main(fast, seed)
+        runs += main(FAST_TASKS, seed)
     for seed in SEEDS[1:]:
-        runs += main(slow, seed) + runs_of(fast, extra, DECADES, seed)
-    return runs + [run for seed in SEEDS for run in runs_of(slow, extra, DECADES, seed)]
+        runs += main(SLOW_TASKS, seed) + runs_of(FAST_TASKS, extra, DECADES, seed)
+    return runs + [run for seed in SEEDS for run in runs_of(SLOW_TASKS, extra, DECADES, seed)]
 
 
 QUICK_TASKS = ("logistic-digits", "mlp-wine", "conv-digits", "rosenbrock-noise")
@@ -53,47 +54,66 @@ def quick() -> list[Run]:
     return runs_of(tasks, MAIN, DECADES[::2], seed=0)
 
 
-# One option changed at a time; what the defaults are, the optimizers themselves say.
-SWEPT: dict[str, tuple[object, ...]] = {
-    "smoothing": (0.02, 0.1, 0.2),
-    "damping": (0.5, 1.0, 5.0),
-    "clip": ((0.5, 1.02), (0.5, 1.1), (0.5, 1.2), (0.9, 1.05)),
-    "initial_scale": (1e-1, 1e-2, 1e-3),
+# What is changed in the optimizers of `SWEPT`, one setting at a time. `deferred` is the yardstick: it takes the scale
+# of one step earlier and changes nothing else, so it tells how far apart two settings end that are equally good.
+Changes = tuple[dict[str, Any], ...]
+_SMOOTHING: Changes = ({"smoothing": 0.02}, {"smoothing": 0.1})
+_DEFERRED: Changes = ({"deferred": True},)
+_ALL: Changes = (
+    *_DEFERRED,
+    *_SMOOTHING,
+    {"initial_scale": 1e-1},
+    {"initial_scale": 1e-3},
+    {"scale_bounds": (1e-2, 1e2)},
+    {"scale_bounds": (1e-8, 1e8)},
+)
+_AT_ONCE: Changes = (
+    *_ALL, {"damping": 0.5}, {"damping": 1.0}, {"damping": 5.0}, {"clip": (0.5, 1.02)}, {"clip": (0.5, 1.1)},
+)  # fmt: skip
+_AVERAGED: Changes = (
+    *_ALL, {"damping": 0.25}, {"damping": 1.0}, {"clip": (0.5, 1.2)}, {"clip": (0.5, 1.5)},
+    {"lr_smoothing": 0.5}, {"lr_smoothing": 0.8}, {"lr_smoothing": 0.95},
+)  # fmt: skip
+_MEASURED_AT_ONCE: Changes = (
+    *_DEFERRED, *_SMOOTHING, {"initial_scale": 1e-3}, {"scale_bounds": (1e-4, 1e4)},
+    {"damping": 0.25}, {"damping": 1.0}, {"clip": (0.5, 1.02)}, {"clip": (0.9, 1.05)},
+)  # fmt: skip
+_MEASURED_AVERAGED: Changes = (
+    *_DEFERRED, *_SMOOTHING, {"initial_scale": 1e-3},
+    {"damping": 0.5, "lr_smoothing": 0.9}, {"damping": 0.1, "lr_smoothing": 0.9},
+)  # fmt: skip
+SWEPT: dict[str, Changes] = {
+    "global": _AT_ONCE,
+    "local": _AT_ONCE,
+    "smoothed": _AVERAGED,
+    "global-measured": _MEASURED_AT_ONCE,
+    "local-measured": _MEASURED_AT_ONCE,
+    "smoothed-measured": _MEASURED_AVERAGED,
 }
-SWEPT_LR_SMOOTHING = (0.5, 0.8, 0.95)
-SWEEP_TASKS = ("logistic-digits", "mlp-digits", "mlp-iris", "conv-digits", "rosenbrock-noise", "gpt-text")
+SWEEP_LRS = (1e-3, 1e-5, 1e-1)
+SWEEP_SEEDS = {**{task.name: SEEDS[:2] for task in FAST_TASKS}, **{task.name: SEEDS[:1] for task in SLOW_TASKS}}
 
 
-def sweep_contenders() -> list[Contender]:
-    return [
-        clara(variant, **{option: value})
-        for option, values in SWEPT.items()
-        for variant in VARIANTS
-        for value in values
-        if value != default_of(variant, option)
-    ] + [clara("smoothed", lr_smoothing=value) for value in SWEPT_LR_SMOOTHING]
-
-
-def default_of(variant: str, option: str) -> object:
-    return inspect.signature(VARIANTS[variant]).parameters[option].default
+def variations(base: str) -> list[Contender]:
+    return [variation(base, **changes) for changes in SWEPT[base]]
 
 
 def sweep() -> list[Run]:
-    """One option of the three optimizers changed at a time, on six tasks."""
-    tasks = [TASKS[name] for name in SWEEP_TASKS]
+    """The optimizers of `SWEPT` with one setting changed at a time; unchanged they are in `full` and `measured`."""
+    contenders = [contender for base in SWEPT for contender in variations(base)]
     return [
-        Run(task, contender, lr, 0)
-        for lrs in ((1e-3, 1e-5, 1e-1), (1e-2, 1e-4, 1e-6, 1e0))
-        for task, contender, lr in product(tasks, sweep_contenders(), lrs)
+        Run(task, contender, lr, seed)
+        for seed in SEEDS
+        for tasks in (FAST_TASKS, SLOW_TASKS)
+        for contender, task, lr in product(contenders, tasks, SWEEP_LRS)
+        if seed in SWEEP_SEEDS[task.name]
     ]
 
 
 def measured() -> list[Run]:
     """The measured walk, to be compared with the records of `full`; the slow task last."""
-    slow = [TASKS["gpt-text"]]
-    fast = [task for task in TASKS.values() if task not in slow]
     lrs = (*DECADES, *TUNING_LRS)
-    return [run for tasks in (fast, slow) for seed in SEEDS for run in runs_of(tasks, MEASURED, lrs, seed)]
+    return [run for tasks in (FAST_TASKS, SLOW_TASKS) for seed in SEEDS for run in runs_of(tasks, MEASURED, lrs, seed)]
 
 
 PLANS = {"full": full, "quick": quick, "sweep": sweep, "measured": measured}

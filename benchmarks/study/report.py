@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from .contenders import CONTENDERS
-from .measures import BASELINE, Kind, Study, summarize
+from .measures import BASELINE, KINDS, Kind, Study, summarize
 from .plans import DECADES
 from .runs import read_records
 from .tasks import TASKS
@@ -124,8 +124,7 @@ def print_report(console: Console, path: Path) -> None:
     optimizers = study.optimizers
     for task in study.tasks:
         loss_table(study, task, "validation", optimizers).show(console)
-    kinds: tuple[Kind, ...] = ("training", "validation")
-    for kind in kinds:
+    for kind in KINDS:
         if any(study.tuned_baseline(task, kind) for task in study.tasks):
             summary_table(study, kind, optimizers).show(console)
     fewest, most = study.seeds()

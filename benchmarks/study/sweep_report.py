@@ -1,40 +1,80 @@
-"""What changing one option does: span and loss against the defaults, on the same runs."""
+"""What changing one setting does: how often it ends near tuned Adam, and how it ends against the unchanged."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
 
-from .measures import Kind, Study
-from .plans import DECADES, OURS, sweep_contenders
-from .report import Table, label, percent
+from .measures import BASELINE, KINDS, Kind, Study, excess
+from .plans import SWEEP_LRS, SWEEP_SEEDS, variations
+from .report import Table, lr_text, percent
+from .tasks import TASKS
 
-
-def sweep_table(study: Study, kind: Kind, tasks: Sequence[str]) -> Table:
-    """Mean span, mean regret and mean excess over the best, per setting; seed 0 alone, as the sweep has no other."""
-    first = Study(record for cell in study.cells.values() for record in cell.records if record["seed"] == 0)
-    rows = []
-    for variant in OURS:
-        names = [variant, *(c.name for c in sweep_contenders() if c.name.startswith(f"{variant},"))]
-        for name in names:
-            found = [m for task in tasks if (m := first.measures(task, name, kind)) and m.decades == len(DECADES)]
-            if len(found) < len(tasks):
-                continue
-            at_1e3 = [low_excess(first, task, name, kind) for task in tasks]
-            rows.append(
-                [
-                    label(name) if name in OURS else name.replace(",", ", "),
-                    f"{statistics.fmean(m.span for m in found):.1f}",
-                    percent(statistics.median(at_1e3)),
-                    str(sum(m.diverged for m in found)),
-                ]
-            )
-    return Table("sweep", ["setting", "mean span", "median excess from lr 1e-3", "diverged, lr ≤ 1e-2"], rows)
+EQUAL = 0.05  # ends that differ by less count as equal
 
 
-def low_excess(study: Study, task: str, optimizer: str, kind: Kind) -> float:
-    """How much worse than tuned Adam the optimizer ends from lr 1e-3."""
-    tuned = study.tuned_baseline(task, kind)
-    assert tuned is not None
-    score = study.means(task, optimizer, kind)[1e-3]
-    return (score - tuned[1]) / abs(tuned[1])
+def sweep_table(study: Study, base: str) -> Table:
+    """A line per setting, that without a change first; settings that were not run everywhere are left out.
+
+    `study` holds the records of the sweep, of its unchanged optimizers and of Adam.
+    """
+    swept = as_swept(study)
+    names = [name for name in (base, *(each.name for each in variations(base))) if is_complete(swept, name)]
+    pairs = len(TASKS) * len(SWEEP_LRS)
+    header = [
+        "changed",
+        *(f"within 10% of tuned Adam, {kind}" for kind in KINDS),
+        *(f"from {lr_text(lr)}" for lr in sorted(SWEEP_LRS)),
+        *(f"better : worse, {kind}" for kind in KINDS),
+        "diverged, lr ≤ 1e-2",
+    ]
+    return Table(f"{base}, {pairs} pairs of a task and a rate", header, [row(swept, name, base) for name in names])
+
+
+def as_swept(study: Study) -> Study:
+    """The study as if it had the rates and seeds of the sweep alone; Adam keeps all its rates, to be tuned."""
+    return Study(
+        record
+        for (task, optimizer, lr), cell in study.cells.items()
+        for record in cell.records
+        if record["seed"] in SWEEP_SEEDS[task] and (lr in SWEEP_LRS or optimizer == BASELINE)
+    )
+
+
+def is_complete(swept: Study, optimizer: str) -> bool:
+    cells = [(swept.cells.get((task, optimizer, lr)), SWEEP_SEEDS[task]) for task in TASKS for lr in SWEEP_LRS]
+    return all(cell is not None and len(cell.records) == len(seeds) for cell, seeds in cells)
+
+
+def row(swept: Study, name: str, base: str) -> list[str]:
+    found = {kind: [m for task in TASKS if (m := swept.measures(task, name, kind))] for kind in KINDS}
+    changes = {kind: {lr: changes_from(swept, lr, name, base, kind) for lr in SWEEP_LRS} for kind in KINDS}
+    near = [str(sum(m.span for m in found[kind])) for kind in KINDS]
+    diverged = f"{sum(m.diverged for m in found[KINDS[0]])} of {sum(m.runs for m in found[KINDS[0]])}"
+    if name == base:
+        return ["nothing", *near, *["–"] * (len(SWEEP_LRS) + len(KINDS)), diverged]
+    medians = [percent(statistics.median(changes["validation"][lr])) for lr in sorted(SWEEP_LRS)]
+    return [
+        name.removeprefix(f"{base},").replace(",", ", "),
+        *near,
+        *medians,
+        *(won_and_lost([change for all_tasks in changes[kind].values() for change in all_tasks]) for kind in KINDS),
+        diverged,
+    ]
+
+
+def changes_from(swept: Study, lr: float, name: str, base: str, kind: Kind) -> list[float]:
+    """Per task, by what fraction the final loss is above that of `base`; for functions, the share of digits missing."""
+    return [change(*(swept.cells[task, each, lr].mean(kind) for each in (name, base))) for task in TASKS]
+
+
+def change(score: float, base: float) -> float:
+    if score == base:
+        return 0.0
+    if math.isinf(base) or base == 0.0:  # lost altogether, or no digit gained: all or nothing
+        return -1.0 if score < base else math.inf
+    return excess(score, base)
+
+
+def won_and_lost(changes: list[float]) -> str:
+    return f"{sum(each < -EQUAL for each in changes)} : {sum(each > EQUAL for each in changes)}"
