@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -302,10 +303,24 @@ def test_unknown_marks_in_the_text_are_errors() -> None:
 
 
 def test_tables_name_losses_that_are_not_finite() -> None:
-    study = measures.Study([record(loss=None), record(lr=1e-2, loss=0.5)])
+    study = measures.Study([record(loss=None), record(lr=1e-2, loss=0.5), record(optimizer="local", lr=1e-1)])
     table = report.loss_table(study, "mlp-iris", "validation", ["adam"])
-    assert table.rows[0] == ["Adam", "–", "–", "–", "∞", "0.5", "–", "–"]
+    assert table.header == ["optimizer", "1e-3", "1e-2", "1e-1"]
+    assert table.rows[0] == ["Adam", "∞", "0.5", "–"]
     assert table.markdown().count("\n") == 3
+
+
+def test_the_report_of_a_part_of_the_decades_has_a_result_and_no_empty_table(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    for lr in (1e-4, 1e-2):
+        for optimizer in ("adam", "local"):
+            runs.append_record(path, record(optimizer=optimizer, lr=lr, loss=1.0 if lr == 1e-2 else 1.05))
+    console = Console(width=120, record=True)
+    report.print_report(console, path)
+    shown = " ".join(console.export_text().split())  # titles are wrapped to the width of their tables
+    assert "tasks of 1 that end within 10% of tuned Adam, by training loss" in shown
+    assert "mean span" not in shown  # it needs all decades
+    assert "4 settings, 1 seed each" in shown
 
 
 def test_pictures_are_drawn_from_few_records() -> None:

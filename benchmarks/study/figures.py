@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 
 from .measures import KINDS, TOLERANCE, Study
 from .plans import DECADES, DEFERRED, MAIN, MEASURED, OURS, PUBLISHED, SWEPT
-from .report import Table, label, loss_table, one_rate_table, span_table, summary_table
+from .report import Table, label, loss_table, one_rate_table, seeds_text, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
 from .tasks import TASKS
@@ -110,11 +110,10 @@ def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: di
 
 
 def coverage(study: Study) -> str:
-    fewest, most = study.seeds()
-    seeds = f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
     runs = sum(len(cell.records) for cell in study.cells.values())
     names = ", ".join(label(name) for name in study.optimizers)
-    return f"Recorded so far: {runs} runs on {len(study.tasks)} tasks, {seeds} per setting. Optimizers: {names}.\n"
+    extent = f"{runs} runs on {len(study.tasks)} tasks, {seeds_text(study)} per setting"
+    return f"Recorded so far: {extent}. Optimizers: {names}.\n"
 
 
 def walk_table(walk: dict[str, Any]) -> Table:

@@ -91,6 +91,12 @@ class Study:
     def optimizers(self) -> list[str]:
         return list(dict.fromkeys(optimizer for _, optimizer, _ in self.cells))
 
+    @property
+    def decades(self) -> list[float]:
+        """Those that any run started from."""
+        recorded = {lr for _, _, lr in self.cells}
+        return [lr for lr in DECADES if lr in recorded]
+
     def lrs(self, task: str, optimizer: str) -> list[float]:
         return sorted(lr for t, o, lr in self.cells if (t, o) == (task, optimizer))
 

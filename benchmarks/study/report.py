@@ -90,12 +90,13 @@ def one_rate_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table
     rows = []
     for optimizer in optimizers:
         cells = []
-        for lr in DECADES:
+        for lr in study.decades:
             known = [study.matches_tuned(task, optimizer, lr, kind) for task in study.tasks]
             recorded = [matches for matches in known if matches is not None]
             cells.append(f"{sum(recorded)}" if len(recorded) == len(known) else f"{sum(recorded)} of {len(recorded)}")
         rows.append([label(optimizer), *cells])
-    return Table(f"tasks of {len(study.tasks)}, by {kind} loss", ["optimizer", *map(lr_text, DECADES)], rows)
+    title = f"tasks of {len(study.tasks)} that end within 10% of tuned Adam, by {kind} loss"
+    return Table(title, ["optimizer", *map(lr_text, study.decades)], rows)
 
 
 def loss_table(study: Study, task: str, kind: Kind, optimizers: Sequence[str]) -> Table:
@@ -105,10 +106,15 @@ def loss_table(study: Study, task: str, kind: Kind, optimizers: Sequence[str]) -
     for optimizer in optimizers:
         means = study.means(task, optimizer, kind)
         if means:
-            values = [means.get(lr, math.nan) for lr in DECADES]
+            values = [means.get(lr, math.nan) for lr in study.decades]
             rows.append([label(optimizer), *(number(abs(value) if digits else value) for value in values)])
     what = "digits gained" if digits else f"{kind} loss"
-    return Table(f"{TASKS[task].label}: {what}", ["optimizer", *map(lr_text, DECADES)], rows)
+    return Table(f"{TASKS[task].label}: {what}", ["optimizer", *map(lr_text, study.decades)], rows)
+
+
+def seeds_text(study: Study) -> str:
+    fewest, most = study.seeds()
+    return f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
 
 
 def number(value: float) -> str:
@@ -125,7 +131,8 @@ def print_report(console: Console, path: Path) -> None:
     for task in study.tasks:
         loss_table(study, task, "validation", optimizers).show(console)
     for kind in KINDS:
-        if any(study.tuned_baseline(task, kind) for task in study.tasks):
-            summary_table(study, kind, optimizers).show(console)
-    fewest, most = study.seeds()
-    console.print(f"{len(study.cells)} settings, {fewest} to {most} seeds each; baseline: tuned {label(BASELINE)}")
+        # Nothing to say without the baseline; the summary has no rows until an optimizer was run from all decades.
+        for table in (one_rate_table(study, kind, optimizers), summary_table(study, kind, optimizers)):
+            if table.rows and any(study.tuned_baseline(task, kind) for task in study.tasks):
+                table.show(console)
+    console.print(f"{len(study.cells)} settings, {seeds_text(study)} each; baseline: tuned {label(BASELINE)}")
