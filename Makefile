@@ -69,6 +69,7 @@ demo-figure: demo
 study: $(VENV)/.ready-study
 	$(BIN)/python benchmarks/lr_robustness.py run full $(STUDY_ARGS)
 	$(BIN)/python benchmarks/lr_robustness.py run measured $(STUDY_ARGS)
+	$(BIN)/python benchmarks/lr_robustness.py run cautious $(STUDY_ARGS)
 	$(BIN)/python benchmarks/lr_robustness.py run sweep $(STUDY_ARGS)
 
 study-quick: $(VENV)/.ready-study

@@ -76,15 +76,22 @@ def _peer(module: str, class_name: str, lr_argument: str, params: Sequence[Tenso
     return Trainer(getattr(importlib.import_module(module), class_name)(params, **{lr_argument: lr}))
 
 
-def clara(variant: str, **options: Any) -> Contender:
-    """A variant with some options changed. Its key holds all options, so that a changed default is another run."""
+def clara(variant: str, *, cautious: bool = False, **options: Any) -> Contender:
+    """A variant with some options changed. Its key holds all options, so that a changed default is another run.
+
+    Args:
+        cautious: start from the `initial_scale` that `cautious_initial_scale` finds for the task and its initial rate.
+    """
     cls = VARIANTS[variant]
 
     def build(params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
-        return Trainer(cls(params, lr=lr, **options))
+        start = {"initial_scale": clara_fused.cautious_initial_scale(params, lr)} if cautious else {}
+        return Trainer(cls(params, lr=lr, **options, **start))
 
     in_force = dict(cls([torch.zeros(1)], **options).defaults)
     del in_force["lr"]
+    if cautious:
+        in_force["initial_scale"] = "cautious"
     text = _options_text(options)
     return Contender(variant + text, cls.__name__ + text, build, {name: repr(v) for name, v in in_force.items()})
 
@@ -134,6 +141,18 @@ CONTENDERS: dict[str, Contender] = {
         ),
         *(
             _renamed(f"{variant}-measured", f"{cls.__name__}, measured walk", clara(variant, **MEASURED_WALK[variant]))
+            for variant, cls in VARIANTS.items()
+        ),
+        *(
+            _renamed(f"{variant}-cautious", f"{cls.__name__}, cautious start", clara(variant, cautious=True))
+            for variant, cls in VARIANTS.items()
+        ),
+        *(
+            _renamed(
+                f"{variant}-measured-cautious",
+                f"{cls.__name__}, measured walk, cautious start",
+                clara(variant, cautious=True, **MEASURED_WALK[variant]),
+            )
             for variant, cls in VARIANTS.items()
         ),
     )

@@ -21,6 +21,7 @@ MAIN = ("adam", *OURS, "prodigy", "adamw-cosine", "schedulefree", "dadaptation")
 PUBLISHED = tuple(f"{variant}-published" for variant in VARIANTS)
 DEFERRED = tuple(f"{variant}-deferred" for variant in VARIANTS)
 MEASURED = tuple(f"{variant}-measured" for variant in VARIANTS)
+CAUTIOUS = tuple(f"{name}-cautious" for name in (*OURS, *MEASURED))
 
 SLOW_TASKS = (TASKS["gpt-text"],)
 FAST_TASKS = tuple(task for task in TASKS.values() if task not in SLOW_TASKS)
@@ -111,9 +112,19 @@ def sweep() -> list[Run]:
 
 
 def measured() -> list[Run]:
-    """The measured walk, to be compared with the records of `full`; the slow task last."""
+    """The measured walk, to be compared with the records of `full`."""
+    return _everywhere(MEASURED)
+
+
+def cautious() -> list[Run]:
+    """The cautious start, to be compared with the records of `full` and `measured`."""
+    return _everywhere(CAUTIOUS)
+
+
+def _everywhere(names: Iterable[str]) -> list[Run]:
+    """All tasks from all rates with all seeds, the slow task last."""
     lrs = (*DECADES, *TUNING_LRS)
-    return [run for tasks in (FAST_TASKS, SLOW_TASKS) for seed in SEEDS for run in runs_of(tasks, MEASURED, lrs, seed)]
+    return [run for tasks in (FAST_TASKS, SLOW_TASKS) for seed in SEEDS for run in runs_of(tasks, names, lrs, seed)]
 
 
-PLANS = {"full": full, "quick": quick, "sweep": sweep, "measured": measured}
+PLANS = {"full": full, "quick": quick, "sweep": sweep, "measured": measured, "cautious": cautious}

@@ -24,6 +24,8 @@ from sharded_models import (
     scales_by_name,
 )
 
+from clara_fused import cautious_initial_scale
+
 STEPS = 8
 
 
@@ -57,6 +59,20 @@ def run(
 ) -> None:
     moved = world.run(compare_runs, layout, variant, options, dtype, tolerance)
     assert all(m > 0.05 for m in moved), f"scales hardly moved, nothing was tested: {moved}"
+
+
+def scale_of_shards(layout: str) -> tuple[float, float]:
+    """The cautious initial scale of the sharded parameters, and that of whole ones."""
+    sharded = LAYOUTS[layout][1](make_model(torch.float32), VARIANTS["Global"])
+    alone = make_model(torch.float32)
+    return tuple(cautious_initial_scale(model.parameters(), lr=1.0) for model in (sharded.model, alone))
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-4", "hsdp-2x2", "tp-2", "fsdp2-tp-2x2"])
+def test_cautious_initial_scale_of_shards_is_that_of_the_whole(worlds, layout: str) -> None:
+    found = worlds[LAYOUTS[layout][0]].run(scale_of_shards, layout)
+    assert len({of_shards for of_shards, _ in found}) == 1
+    assert all(of_shards == pytest.approx(of_whole, rel=1e-5) and of_whole < 0.1 for of_shards, of_whole in found)
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
