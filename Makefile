@@ -22,7 +22,8 @@ STUDY_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null) \
+    $(addprefix clara_fused/,_version.py _interface.py _core.pyi)
 
 EXTRAS_demo := examples
 EXTRAS_test := examples,bench,study,frameworks,test,lint

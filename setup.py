@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -196,10 +198,9 @@ class Plan:
         return f"the compiled core for the CPU and for CUDA {version} (sm_{', sm_'.join(self.cuda.archs)} and PTX)"
 
 
-def package_version() -> str:
-    found: dict[str, str] = {}
-    exec((ROOT / "clara_fused" / "_version.py").read_text(), found)
-    return found["__version__"]
+def package_names(file: str) -> dict[str, Any]:
+    """What a file of the package defines. To import the package would take torch."""
+    return runpy.run_path(str(ROOT / "clara_fused" / file))
 
 
 def cuda_sources() -> list[Path]:
@@ -280,8 +281,11 @@ class NinjaFile:
                 f'-DCLARA_CUDA_TOOLKIT="{version}"',
                 f'-DCLARA_CUDA_ARCHITECTURES="{";".join(plan.cuda.archs)}"',
             ]
-        version_define = f'-DCLARA_VERSION="{package_version()}"'
-        self._compile("bindings", SOURCES / "bindings.cpp", [*CXX_FLAGS, *defines, version_define, *python_headers])
+        identity = [
+            f'-DCLARA_VERSION="{package_names("_version.py")["__version__"]}"',
+            f'-DCLARA_INTERFACE="{package_names("_interface.py")["interface_stamp"]()}"',
+        ]
+        self._compile("bindings", SOURCES / "bindings.cpp", [*CXX_FLAGS, *defines, *identity, *python_headers])
         self._compile("tensor_watch", SOURCES / "python" / "tensor_watch.cpp", [*CXX_FLAGS, *defines, *python_headers])
         for name in ("cpu_backend", "dispatch", "team", "workspace"):
             self._compile(name, SOURCES / "cpu" / f"{name}.cpp", [*CXX_FLAGS, *defines])

@@ -1,10 +1,15 @@
-"""The compiled core (csrc/bindings.cpp). Addresses are of tensors that the caller keeps alive; 0 means none."""
+"""The compiled core (csrc/bindings.cpp). Addresses are of tensors that the caller keeps alive; 0 means none.
+
+A core is built for this text and refused beside any other (_interface.py), so that one left over from older sources is
+never called. What changes the meaning of a call and not its declaration has to be said here for that reason as well.
+"""
 
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypedDict
 
 version: str
+interface: str
 
 class DType(Enum):
     float32 = ...

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import validation
+from ._interface import interface_stamp
 from ._version import __version__
 from .batches import Location, StepInputs, TensorWork, moved
 from .options import GroupOptions, Variant
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Tables of walks kept on a device, one per (beta1, smoothing, whether its steps are measured) in use lately.
 _MAX_REFERENCES = 64
-_REINSTALL = "reinstall clara_fused on a machine with a C++ compiler (`pip install --force-reinstall --no-deps .`)"
+_REINSTALL = (
+    "reinstall clara_fused from its sources on a machine with a C++ compiler "
+    "(`pip install --force-reinstall --no-deps .`; an editable install: `pip install --no-deps -e .`)"
+)
 
 
 # --- is there a core? ------------------------------------------------------------------------------------------------
@@ -50,6 +54,9 @@ def _load() -> tuple[ModuleType | None, str]:
     built_for = getattr(core, "version", "unknown")
     if built_for != __version__:
         return None, f"the compiled core is of version {built_for}, clara_fused of {__version__}: {_REINSTALL}"
+    if interface_stamp() not in (None, getattr(core, "interface", "unknown")):
+        problem = "the compiled core was built from other sources than this clara_fused and has to be rebuilt"
+        return None, f"{problem}: {_REINSTALL}"
     return core, ""
 
 

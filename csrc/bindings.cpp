@@ -371,6 +371,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("uses_exchange_api", &TensorWatch::uses_exchange_api);
 
   m.attr("version") = CLARA_VERSION;
+  m.attr("interface") = CLARA_INTERFACE;
   m.def("supports", &supports, py::arg("cuda"), py::arg("param"), py::arg("grad"), py::arg("path"));
   m.def("build_info", &build_info);
   m.def("release_workspace", [] { return cpu::Workspace::of_process()->release(); },

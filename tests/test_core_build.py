@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from helpers import core_available
 
 from clara_fused import AdamClaraLocal, __version__, core_backend
+from clara_fused._interface import interface_stamp
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
@@ -217,10 +219,13 @@ class TestModule:
         assert re.search(r"^cpu \(float32, bfloat16, float16, float64\): compiled core$", text, re.MULTILINE)
 
 
-BROKEN = """
-import sys, warnings
 # An editable install would lend the copy of the package its module.
+WITHOUT_EDITABLE_INSTALLS = """
+import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+"""
+BROKEN = """
+import warnings
 import torch
 import clara_fused
 with warnings.catch_warnings(record=True) as caught:
@@ -239,24 +244,120 @@ except RuntimeError as error:
 """
 
 
+CORE_FILE = f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _no_core(package: Path) -> None:
+    pass
+
+
+def _broken_core(package: Path) -> None:
+    (package / CORE_FILE).write_bytes(b"\x7fELF broken")
+
+
+def _core_of_older_sources(package: Path) -> None:
+    """As after `git pull` in an editable install."""
+    if not core_available():
+        pytest.skip("needs the compiled core")
+    shutil.copy(core_backend._core_module().__file__, package / CORE_FILE)
+    with (package / "_core.pyi").open("a") as declaration:
+        declaration.write("def new() -> None: ...\n")
+
+
+def _run_beside(package: Path, program: str) -> subprocess.CompletedProcess[str]:
+    program = WITHOUT_EDITABLE_INSTALLS + program
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=package.parent)
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("put_core", "message"),
     [
-        (None, "the compiled core is not installed"),
-        (b"\x7fELF broken", "the compiled core cannot be loaded"),
+        (_no_core, "the compiled core is not installed"),
+        (_broken_core, "the compiled core cannot be loaded"),
+        (_core_of_older_sources, "built from other sources than this clara_fused and has to be rebuilt"),
     ],
 )
-def test_a_missing_or_broken_core_is_one_warning(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_core_that_cannot_be_used_is_one_warning(
+    put_core: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
     package = tmp_path / "clara_fused"
     shutil.copytree(ROOT / "clara_fused", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    if content is not None:
-        (package / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
-    run = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, cwd=tmp_path)
+    put_core(package)
+    run = _run_beside(package, BROKEN)
     assert run.returncode == 0, run.stderr
     warning, error = run.stdout.splitlines()
     assert warning.startswith("1 clara_fused runs on PyTorch operations")
     assert message in warning
     assert error.startswith("param group 0, parameter 0") and message in error and "reinstall" in error
+
+
+def test_a_package_without_its_declaration_uses_its_core(tmp_path: Path) -> None:
+    """Tools that freeze an application leave *.pyi out."""
+    if not core_available():
+        pytest.skip("needs the compiled core")
+    package = tmp_path / "clara_fused"
+    shutil.copytree(ROOT / "clara_fused", package, ignore=shutil.ignore_patterns("*.so", "*.pyi", "__pycache__"))
+    shutil.copy(core_backend._core_module().__file__, package / CORE_FILE)
+    run = _run_beside(package, "from clara_fused.core_backend import core_status; print(core_status('cpu', None))")
+    assert run.stdout.strip() == "None", run.stderr
+
+
+def _signature(declaration: str | ast.FunctionDef, owner: str = "") -> str:
+    """Names, order, kinds and defaults of a function's parameters."""
+    function = declaration
+    if isinstance(declaration, str):
+        function = ast.parse(f"def {declaration}: ...").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    for argument in (*function.args.args, *function.args.kwonlyargs):
+        argument.annotation = None
+    return f"{owner}{function.name}({ast.unparse(function.args)})"
+
+
+def _declared_interface() -> set[str]:
+    """What _core.pyi declares, but for the shape of what its functions return."""
+    found = set()
+
+    def visit(body: list[ast.stmt], owner: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef):
+                found.add(owner + node.name if node.decorator_list else _signature(node, owner))
+            elif isinstance(node, ast.ClassDef) and "TypedDict" not in map(ast.unparse, node.bases):
+                visit(node.body, f"{owner}{node.name}.")
+            elif isinstance(node, ast.AnnAssign):
+                found.add(owner + ast.unparse(node.target))
+            elif isinstance(node, ast.Assign):
+                found.add(owner + ast.unparse(node.targets[0]))
+
+    visit(ast.parse((ROOT / "clara_fused" / "_core.pyi").read_text()).body, "")
+    return found
+
+
+def _compiled_interface() -> set[str]:
+    """The same of the module; pybind11 writes signatures into docstrings."""
+    core = core_backend._core_module()
+    found = set()
+
+    def visit(owner: str, members: dict[str, Any]) -> None:
+        for name, value in members.items():
+            if name in ("__doc__", "__module__") or name.startswith("_pybind11"):
+                continue
+            if hasattr(value, "__members__"):
+                found.update(f"{owner}{name}.{member}" for member in value.__members__)
+            elif isinstance(value, type):
+                visit(f"{owner}{name}.", dict(vars(value)))
+            elif callable(value):
+                found.add(_signature(value.__doc__.splitlines()[0], owner))
+            else:
+                found.add(owner + name)
+
+    visit("", {name: value for name, value in vars(core).items() if not name.startswith("__")})
+    return found
+
+
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+def test_the_declaration_is_that_of_the_core() -> None:
+    """The core is told from one of older sources by the declaration's text, so a change has to show in it."""
+    assert _declared_interface() == _compiled_interface()
 
 
 def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +420,7 @@ class _CudaCore:
     """As much of a compiled core as deciding on a back end asks for."""
 
     version = __version__
+    interface = interface_stamp()
 
     def __init__(self, built_with_cuda: bool, problem: str) -> None:
         self._cuda = {"toolkit": "13.0", "architectures": "90"} if built_with_cuda else None
