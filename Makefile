@@ -72,6 +72,7 @@ study: $(VENV)/.ready-study
 	$(BIN)/python benchmarks/lr_robustness.py run measured $(STUDY_ARGS)
 	$(BIN)/python benchmarks/lr_robustness.py run cautious $(STUDY_ARGS)
 	$(BIN)/python benchmarks/lr_robustness.py run sweep $(STUDY_ARGS)
+	$(BIN)/python benchmarks/lr_robustness.py run candidates $(STUDY_ARGS)
 
 study-quick: $(VENV)/.ready-study
 	$(BIN)/python benchmarks/lr_robustness.py run quick --results build/study-quick.jsonl $(STUDY_ARGS)

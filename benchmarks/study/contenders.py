@@ -26,14 +26,26 @@ VARIANTS: dict[str, type[clara_fused.AdamClara]] = {
 }
 
 
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]] = {
+    "cosine": lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+    "warm-up": lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=0.01, total_iters=steps // 10
+    ),
+}
+
+
 @dataclass
 class Trainer:
-    """An optimizer, its schedule if it has one, and the rates in force."""
+    """An optimizer, its schedule and bound of the gradients' norm if it has them, and the rates in force."""
 
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    max_grad_norm: float | None = None
 
     def step(self) -> None:
+        if self.max_grad_norm is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
@@ -69,30 +81,41 @@ class Contender:
 
 def _adamw_with_cosine(params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=COSINE_WEIGHT_DECAY)
-    return Trainer(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps))
+    return Trainer(optimizer, SCHEDULES["cosine"](optimizer, steps))
 
 
 def _peer(module: str, class_name: str, lr_argument: str, params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
     return Trainer(getattr(importlib.import_module(module), class_name)(params, **{lr_argument: lr}))
 
 
-def clara(variant: str, *, cautious: bool = False, **options: Any) -> Contender:
+def clara(
+    variant: str,
+    *,
+    cautious: bool = False,
+    schedule: str | None = None,
+    max_grad_norm: float | None = None,
+    **options: Any,
+) -> Contender:
     """A variant with some options changed. Its key holds all options, so that a changed default is another run.
 
     Args:
         cautious: start from the `initial_scale` that `cautious_initial_scale` finds for the task and its initial rate.
+        schedule: one of `SCHEDULES`.
+        max_grad_norm: the gradients' norm is clipped to it.
     """
     cls = VARIANTS[variant]
+    around = {name: value for name, value in (("schedule", schedule), ("max_grad_norm", max_grad_norm)) if value}
 
     def build(params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
         start = {"initial_scale": clara_fused.cautious_initial_scale(params, lr)} if cautious else {}
-        return Trainer(cls(params, lr=lr, **options, **start))
+        optimizer = cls(params, lr=lr, **options, **start)
+        return Trainer(optimizer, SCHEDULES[schedule](optimizer, steps) if schedule else None, max_grad_norm)
 
-    in_force = dict(cls([torch.zeros(1)], **options).defaults)
+    in_force = {**cls([torch.zeros(1)], **options).defaults, **around}
     del in_force["lr"]
     if cautious:
         in_force["initial_scale"] = "cautious"
-    text = _options_text(options)
+    text = _options_text({**options, **around})
     return Contender(variant + text, cls.__name__ + text, build, {name: repr(v) for name, v in in_force.items()})
 
 
@@ -114,6 +137,9 @@ MEASURED_WALK: dict[str, dict[str, Any]] = {
     # at most. So it climbs by 5%, as the other two, and falls by up to a quarter.
     "smoothed": {**_MEASURED_WALK, "damping": 0.25, "lr_smoothing": 0.5},
 }
+# Two decades below the given rate: it is climbed back where the rate was right, and spares the network where it was far
+# too large.
+LOW_START = 1e-2
 
 
 def _renamed(name: str, label: str, contender: Contender) -> Contender:
@@ -154,6 +180,11 @@ CONTENDERS: dict[str, Contender] = {
                 clara(variant, cautious=True, **MEASURED_WALK[variant]),
             )
             for variant, cls in VARIANTS.items()
+        ),
+        *(
+            _renamed(f"{variant}-measured-low", f"{VARIANTS[variant].__name__}, measured walk, low start",
+                     clara(variant, **MEASURED_WALK[variant], initial_scale=LOW_START))
+            for variant in ("global", "local")
         ),
     )
 }

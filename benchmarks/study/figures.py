@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .measures import KINDS, TOLERANCE, Study
-from .plans import DECADES, DEFERRED, MAIN, MEASURED, OURS, PUBLISHED, SWEPT
+from .plans import DECADES, DEFERRED, LOW_START, MAIN, MEASURED, OURS, PUBLISHED, SWEPT
 from .report import Table, label, loss_table, one_rate_table, seeds_text, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
@@ -29,6 +29,7 @@ from .tasks import TASKS
 
 MARKED = re.compile(r"(<!-- study: (\S+) -->\n)(.*?)(<!-- end of study -->)", re.DOTALL)
 
+Styles = Mapping[str, tuple[str, str]]
 # Okabe and Ito's colors, told apart by color-blind readers as well.
 STYLES = {
     "adam": ("#000000", "-"),
@@ -40,6 +41,11 @@ STYLES = {
     "dadaptation": ("#E69F00", "--"),
     "schedulefree": ("#56B4E9", "--"),
 }
+MEASURED_STYLES = {
+    "adam": STYLES["adam"],
+    **{name: STYLES[name.partition("-")[0]] for name in MEASURED},
+    **{name: (STYLES[name.partition("-")[0]][0], "--") for name in LOW_START},
+}
 TRAJECTORY_TASKS = ("mlp-digits", "conv-digits", "gpt-text", "rosenbrock-noise")
 
 
@@ -49,10 +55,13 @@ def write_figures(results: Path, docs: Path) -> None:
     Raises:
         FileNotFoundError: the random walk was not simulated, or there is no text.
     """
-    study = Study(read_records(results / "full.jsonl"))
+    full = list(read_records(results / "full.jsonl"))
+    study, measured = Study(full), Study([*full, *read_records(results / "measured.jsonl")])
     for name, figure in (
-        ("losses", draw_losses(study)),
-        ("trajectories", draw_trajectories(study)),
+        ("losses", draw_losses(study, STYLES)),
+        ("trajectories", draw_trajectories(study, OURS)),
+        ("measured_losses", draw_losses(measured, MEASURED_STYLES)),
+        ("measured_trajectories", draw_trajectories(measured, MEASURED)),
         ("random_walk", draw_random_walk(read_walk(results))),
     ):
         figure.savefig(docs / "images" / f"learning_rate_{name}.png", dpi=110)
@@ -89,16 +98,16 @@ def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: di
         "random-walk": lambda: walk_table(walk).markdown(),
         "published": lambda: summary_table(study, "validation", [*OURS, *PUBLISHED, *DEFERRED]).markdown(),
     }
-    beside_measured = ["adam", *(name for variant in MEASURED for name in (variant.partition("-")[0], variant))]
+    walks = [*MEASURED, *LOW_START]
     for kind in KINDS:
         tables[f"measured-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
-            measured, kind, beside_measured
+            measured, kind, ["adam", *OURS, *walks]
         ).markdown()
         tables[f"measured-span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
-            measured, kind, beside_measured
+            measured, kind, ["adam", *walks]
         ).markdown()
         tables[f"one-rate-{kind}"] = lambda kind=kind: one_rate_table(  # type: ignore[misc]
-            measured, kind, [*MAIN, *MEASURED]
+            measured, kind, [*MAIN, *walks]
         ).markdown()
         tables[f"summary-{kind}"] = lambda kind=kind: summary_table(study, kind, MAIN).markdown()  # type: ignore[misc]
         tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
@@ -142,25 +151,25 @@ def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure,
     return figure, flat[:count]
 
 
-def draw_losses(study: Study) -> Figure:
+def draw_losses(study: Study, styles: Styles) -> Figure:
     """Final loss over the initial rate, a panel per task; bands from the best to the worst seed."""
     figure, panels = grid(len(study.tasks), 4, 3.5, 2.6)
     for axes, task in zip(panels, study.tasks, strict=True):
-        draw_task(axes, study, task)
+        draw_task(axes, study, task, styles)
     handles = [
         Line2D([], [], color=color, linestyle=line, label=label(optimizer))
-        for optimizer, (color, line) in STYLES.items()
+        for optimizer, (color, line) in styles.items()
         if optimizer in study.optimizers
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def draw_task(axes: Axes, study: Study, task: str) -> None:
+def draw_task(axes: Axes, study: Study, task: str, styles: Styles) -> None:
     digits = TASKS[task].goal == "digits"
     sign = -1.0 if digits else 1.0
     shown: list[float] = []
-    for optimizer, (color, line) in STYLES.items():
+    for optimizer, (color, line) in styles.items():
         lrs = [lr for lr in study.lrs(task, optimizer) if optimizer == "adam" or lr in DECADES]
         scores = [[sign * s for s in study.cells[task, optimizer, lr].scores("validation")] for lr in lrs]
         means = [sum(values) / len(values) for values in scores]
@@ -179,10 +188,10 @@ def draw_task(axes: Axes, study: Study, task: str) -> None:
     axes.set_title(f"{TASKS[task].label}: {'digits gained' if digits else 'validation loss'}", fontsize=9)
 
 
-def draw_trajectories(study: Study) -> Figure:
+def draw_trajectories(study: Study, optimizers: Sequence[str]) -> Figure:
     """The median effective rate over the steps, a column per optimizer, a color per initial rate; seed 0."""
     tasks = [task for task in TRAJECTORY_TASKS if task in study.tasks]
-    optimizers = [name for name in OURS if all((task, name, DECADES[-1]) in study.cells for task in tasks)]
+    optimizers = [name for name in optimizers if all((task, name, DECADES[-1]) in study.cells for task in tasks)]
     figure, panels = grid(len(tasks) * len(optimizers), len(optimizers), 4.2, 2.4)
     colors = plt.get_cmap("viridis")
     for row, task in enumerate(tasks):
