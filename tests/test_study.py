@@ -104,7 +104,7 @@ def test_the_sweep_covers_what_the_defaults_are_chosen_by() -> None:
             assert "lr_smoothing" in swept, base
     assert {option for change in plans.SWEPT["smoothed"] for option in change} >= needed
     for run in plans.sweep():
-        assert run.lr in plans.SWEEP_LRS[run.task.name]
+        assert (run.task, run.lr) in plans.swept_pairs(run.contender.name.split(",")[0])
 
 
 def test_every_setting_of_the_sweep_differs_from_what_it_is_compared_with() -> None:
@@ -263,7 +263,7 @@ def swept_study(losses: dict[str, float], skip: set[str] | None = None) -> measu
         record(task, name, lr, loss if name == "adam" or lr == 1e-3 else 10 * loss, seed)
         for task in tasks.TASKS
         for name, loss in {"adam": 1.0, **losses}.items()
-        for lr in plans.SWEEP_LRS[task]
+        for lr in plans.SWEEP_LRS
         for seed in plans.SEEDS
         if not (task == "mlp-iris" and name in (skip or set()))
     )
@@ -315,7 +315,9 @@ def test_normalized_steps_walk_as_the_closed_form_says(monkeypatch: pytest.Monke
 def test_unknown_marks_in_the_text_are_errors() -> None:
     empty = measures.Study([])
     with pytest.raises(KeyError, match="no-such-table"):
-        figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", empty, empty, empty, {})
+        figures.with_tables(
+            "<!-- study: no-such-table -->\n<!-- end of study -->", figures.Recorded(empty, empty, empty, empty, {})
+        )
 
 
 def test_tables_name_losses_that_are_not_finite() -> None:
@@ -350,4 +352,4 @@ def test_pictures_are_drawn_from_few_records() -> None:
 @pytest.mark.skipif(not (DOCS / "learning_rate.md").exists(), reason="no text to compare with")
 def test_the_text_shows_the_recorded_results() -> None:
     text = (DOCS / "learning_rate.md").read_text(encoding="utf-8")
-    assert figures.with_recorded_tables(text, RESULTS) == text
+    assert figures.with_tables(text, figures.Recorded.read(RESULTS)) == text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .measures import KINDS, TOLERANCE, Study
-from .plans import DECADES, DEFERRED, LOW_START, MAIN, MEASURED, OURS, PUBLISHED, SWEPT
+from .plans import DECADES, DEFERRED, LOW_START, MAIN, MEASURED, OURS, PUBLISHED, SWEPT, candidate_contenders
 from .report import Table, label, loss_table, one_rate_table, seeds_text, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
@@ -55,19 +56,18 @@ def write_figures(results: Path, docs: Path) -> None:
     Raises:
         FileNotFoundError: the random walk was not simulated, or there is no text.
     """
-    full = list(read_records(results / "full.jsonl"))
-    study, measured = Study(full), Study([*full, *read_records(results / "measured.jsonl")])
+    recorded = Recorded.read(results)
     for name, figure in (
-        ("losses", draw_losses(study, STYLES)),
-        ("trajectories", draw_trajectories(study, OURS)),
-        ("measured_losses", draw_losses(measured, MEASURED_STYLES)),
-        ("measured_trajectories", draw_trajectories(measured, MEASURED)),
-        ("random_walk", draw_random_walk(read_walk(results))),
+        ("losses", draw_losses(recorded.full, STYLES)),
+        ("trajectories", draw_trajectories(recorded.full, OURS)),
+        ("measured_losses", draw_losses(recorded.measured, MEASURED_STYLES)),
+        ("measured_trajectories", draw_trajectories(recorded.measured, MEASURED)),
+        ("random_walk", draw_random_walk(recorded.walk)),
     ):
         figure.savefig(docs / "images" / f"learning_rate_{name}.png", dpi=110)
         plt.close(figure)
     text = docs / "learning_rate.md"
-    text.write_text(with_recorded_tables(text.read_text(encoding="utf-8"), results), encoding="utf-8")
+    text.write_text(with_tables(text.read_text(encoding="utf-8"), recorded), encoding="utf-8")
 
 
 def read_walk(results: Path) -> dict[str, Any]:
@@ -75,30 +75,48 @@ def read_walk(results: Path) -> dict[str, Any]:
     return found
 
 
-def with_recorded_tables(text: str, results: Path) -> str:
-    full, swept, measured = (list(read_records(results / f"{plan}.jsonl")) for plan in ("full", "sweep", "measured"))
-    beside_full = Study([*full, *measured])
-    return with_tables(text, Study(full), Study([*full, *measured, *swept]), beside_full, read_walk(results))
+@dataclass(frozen=True)
+class Recorded:
+    """All results. Every study holds what it is compared with as well: `full`, and the sweep `measured` too."""
+
+    full: Study
+    measured: Study
+    sweep: Study
+    candidates: Study
+    walk: dict[str, Any]
+
+    @classmethod
+    def read(cls, results: Path) -> Recorded:
+        full, measured, sweep, candidates = (
+            list(read_records(results / f"{plan}.jsonl")) for plan in ("full", "measured", "sweep", "candidates")
+        )
+        return cls(
+            Study(full),
+            Study([*full, *measured]),
+            Study([*full, *measured, *sweep]),
+            Study([*full, *candidates]),
+            read_walk(results),
+        )
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: dict[str, Any]) -> str:
+def with_tables(text: str, recorded: Recorded) -> str:
     """The text with its marked parts generated anew.
-
-    `measured` holds the records of `study` as well, and `sweep` those of both.
 
     Raises:
         KeyError: a mark names no table.
     """
+    study, measured = recorded.full, recorded.measured
     tables: dict[str, Callable[[], str]] = {
         "coverage": lambda: coverage(study),
         "loss-gpt": lambda: loss_table(study, "gpt-text", "validation", MAIN).markdown(),
-        "random-walk": lambda: walk_table(walk).markdown(),
+        "random-walk": lambda: walk_table(recorded.walk).markdown(),
         "published": lambda: summary_table(study, "validation", [*OURS, *PUBLISHED, *DEFERRED]).markdown(),
     }
     walks = [*MEASURED, *LOW_START]
+    beside_candidates = [name for each in candidate_contenders() for name in (each.name.split(",")[0], each.name)]
     for kind in KINDS:
         tables[f"measured-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
             measured, kind, ["adam", *OURS, *walks]
@@ -109,12 +127,15 @@ def with_tables(text: str, study: Study, sweep: Study, measured: Study, walk: di
         tables[f"one-rate-{kind}"] = lambda kind=kind: one_rate_table(  # type: ignore[misc]
             measured, kind, [*MAIN, *walks]
         ).markdown()
+        tables[f"candidates-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
+            recorded.candidates, kind, beside_candidates
+        ).markdown()
         tables[f"summary-{kind}"] = lambda kind=kind: summary_table(study, kind, MAIN).markdown()  # type: ignore[misc]
         tables[f"span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
             study, kind, [name for name in MAIN if name in study.optimizers]
         ).markdown()
     for base in SWEPT:
-        tables[f"sweep-{base}"] = lambda base=base: sweep_table(sweep, base).markdown()  # type: ignore[misc]
+        tables[f"sweep-{base}"] = lambda base=base: sweep_table(recorded.sweep, base).markdown()  # type: ignore[misc]
     return MARKED.sub(lambda match: match[1] + tables[match[2]]() + match[4], text)
 
 

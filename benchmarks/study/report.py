@@ -37,7 +37,8 @@ class Table:
 
 
 def label(optimizer: str) -> str:
-    return CONTENDERS[optimizer].label if optimizer in CONTENDERS else optimizer
+    base, *changes = optimizer.split(",")
+    return ", ".join([CONTENDERS[base].label if base in CONTENDERS else base, *changes])
 
 
 def lr_text(lr: float) -> str:
