@@ -377,6 +377,17 @@ void check_order_free_sum() {
   for (const double value : values) shuffled_sum += to_fixed_point(value, scale);
   expect(sum == shuffled_sum, "the fixed-point sum depends on the order");
   expect(std::fabs(from_fixed_point(sum, scale) - plain) <= 1e-12 * plain, "the fixed-point sum is off");
+  // As many as the count of bits allows, all just below the next power of two; nothing but zeros; norms next to nothing.
+  for (const double value : {std::nextafter(8.0, 0.0), std::nextafter(1e300, 0.0), 1.0, 0.0, 0x1p-930, 0x1p-990}) {
+    for (const int64_t count : {1, 4, 1024, 1025}) {
+      const double unit = fixed_point_scale(value, count);
+      int64_t equal_sum = 0;
+      for (int64_t i = 0; i < count; ++i) equal_sum += to_fixed_point(value, unit);
+      const double expected = value * static_cast<double>(count);
+      expect(std::fabs(from_fixed_point(equal_sum, unit) - expected) <= 1e-9 * expected,
+             "the fixed-point sum of " + std::to_string(count) + " equal values is off");
+    }
+  }
 }
 
 }  // namespace
