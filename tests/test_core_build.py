@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -460,3 +461,15 @@ def test_the_reason_why_a_device_or_dtype_is_not_served(
         assert status is None
     else:
         assert status is not None and reason in status
+
+
+def test_source_distributions_hold_all_that_is_compiled(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    needed = [path for folder in ("csrc", "clara_fused") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    sources = {str(path.relative_to(ROOT)) for path in needed if path.suffix not in (".so", ".pyc")}
+    assert len(sources) > 30
+    assert sources <= names
