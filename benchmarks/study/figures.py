@@ -22,7 +22,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .measures import KINDS, TOLERANCE, Study
-from .plans import DECADES, DEFERRED, LOW_START, MAIN, MEASURED, OURS, PUBLISHED, SWEPT, candidate_contenders
+from .plans import (
+    DECADES,
+    DEFERRED,
+    FAST_TASKS,
+    LOW_START,
+    MAIN,
+    MEASURED,
+    OURS,
+    PUBLISHED,
+    SWEPT,
+    candidate_contenders,
+)
 from .report import Table, label, loss_table, one_rate_table, seeds_text, span_table, summary_table
 from .runs import read_records
 from .sweep_report import sweep_table
@@ -94,7 +105,7 @@ class Recorded:
             Study(full),
             Study([*full, *measured]),
             Study([*full, *measured, *sweep]),
-            Study([*full, *candidates]),
+            Study(record for record in (*full, *candidates) if TASKS[record["task"]] in FAST_TASKS),
             read_walk(results),
         )
 
