@@ -98,15 +98,18 @@ def test_every_instruction_set_agrees_with_pytorch(instruction_set: str) -> None
 
 
 @pytestmark_core
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bits_do_not_depend_on_the_number_of_threads(variant: str) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) -> None:
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            params = [torch.nn.Parameter(torch.randn(n)) for n in (7, 100_000, 300_000, 64, 20_000)]
+            # Large tensors that the threads share; then so many that each thread takes whole ones.
+            sizes = (7, 100_000, 300_000, 64, 20_000) if few else (70_001,) * 40
+            params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
             optimizer = VARIANTS[variant](params, fused=True)
             for _ in range(3):
                 for param in params:

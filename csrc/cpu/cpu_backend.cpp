@@ -280,7 +280,7 @@ void step_tensor_by_tensor(const Worker<T>& worker, const TensorList& list, cons
       });
       to_apply.work_backwards(member, [&](int64_t chunk) { worker.apply_backwards(tensor, chunk, chunk + 1, kept); });
       // The next tensor's steps go where this one's are still being read.
-      barrier.arrive_and_wait(size, [] {}); 
+      barrier.arrive_and_wait(size, [] {});
     }
     tasks.work(member, [&](int64_t task) {
       const Schedule::Range& range = schedule.tasks()[static_cast<size_t>(task)];

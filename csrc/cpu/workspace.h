@@ -9,7 +9,8 @@ namespace clara {
 namespace cpu {
 
 // One block for all optimizers of the process: they step one after the other, and leave nothing there that is worth
-// keeping. It grows to what the largest has asked for, and goes with the last of its owners.
+// keeping. It grows to what the largest has asked for, and goes with the last of its owners. A process that was forked
+// while a thread stepped does without.
 class Workspace {
  public:
   static std::shared_ptr<Workspace> of_process();
