@@ -315,9 +315,8 @@ def test_normalized_steps_walk_as_the_closed_form_says(monkeypatch: pytest.Monke
 def test_unknown_marks_in_the_text_are_errors() -> None:
     empty = measures.Study([])
     with pytest.raises(KeyError, match="no-such-table"):
-        figures.with_tables(
-            "<!-- study: no-such-table -->\n<!-- end of study -->", figures.Recorded(empty, empty, empty, empty, {})
-        )
+        nothing = figures.Recorded(*[empty] * 5, {})
+        figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", nothing)
 
 
 def test_tables_name_losses_that_are_not_finite() -> None:

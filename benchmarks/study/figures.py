@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 
 from .measures import KINDS, TOLERANCE, Study
 from .plans import (
+    CAUTIOUS,
     DECADES,
     DEFERRED,
     FAST_TASKS,
@@ -58,6 +59,11 @@ MEASURED_STYLES = {
     **{name: STYLES[name.partition("-")[0]] for name in MEASURED},
     **{name: (STYLES[name.partition("-")[0]][0], "--") for name in LOW_START},
 }
+CAUTIOUS_STYLES = {
+    "adam": STYLES["adam"],
+    **{f"{name}-cautious": STYLES[name.partition("-")[0]] for name in MEASURED},
+    "prodigy": STYLES["prodigy"],
+}
 TRAJECTORY_TASKS = ("mlp-digits", "conv-digits", "gpt-text", "rosenbrock-noise")
 
 
@@ -73,6 +79,7 @@ def write_figures(results: Path, docs: Path) -> None:
         ("trajectories", draw_trajectories(recorded.full, OURS)),
         ("measured_losses", draw_losses(recorded.measured, MEASURED_STYLES)),
         ("measured_trajectories", draw_trajectories(recorded.measured, MEASURED)),
+        ("cautious_losses", draw_losses(recorded.cautious, CAUTIOUS_STYLES)),
         ("random_walk", draw_random_walk(recorded.walk)),
     ):
         figure.savefig(docs / "images" / f"learning_rate_{name}.png", dpi=110)
@@ -88,22 +95,25 @@ def read_walk(results: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """All results. Every study holds what it is compared with as well: `full`, and the sweep `measured` too."""
+    """All results. Every study holds what it is compared with as well: `full`, and some `measured` too."""
 
     full: Study
     measured: Study
+    cautious: Study
     sweep: Study
     candidates: Study
     walk: dict[str, Any]
 
     @classmethod
     def read(cls, results: Path) -> Recorded:
-        full, measured, sweep, candidates = (
-            list(read_records(results / f"{plan}.jsonl")) for plan in ("full", "measured", "sweep", "candidates")
+        full, measured, cautious, sweep, candidates = (
+            list(read_records(results / f"{plan}.jsonl"))
+            for plan in ("full", "measured", "cautious", "sweep", "candidates")
         )
         return cls(
             Study(full),
             Study([*full, *measured]),
+            Study([*full, *measured, *cautious]),
             Study([*full, *measured, *sweep]),
             Study(record for record in (*full, *candidates) if TASKS[record["task"]] in FAST_TASKS),
             read_walk(results),
@@ -136,7 +146,13 @@ def with_tables(text: str, recorded: Recorded) -> str:
             measured, kind, ["adam", *walks]
         ).markdown()
         tables[f"one-rate-{kind}"] = lambda kind=kind: one_rate_table(  # type: ignore[misc]
-            measured, kind, [*MAIN, *walks]
+            recorded.cautious, kind, [*MAIN, *walks, *CAUTIOUS]
+        ).markdown()
+        tables[f"cautious-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
+            recorded.cautious, kind, ["adam", *OURS, *MEASURED, *CAUTIOUS]
+        ).markdown()
+        tables[f"cautious-span-{kind}"] = lambda kind=kind: span_table(  # type: ignore[misc]
+            recorded.cautious, kind, ["adam", *CAUTIOUS]
         ).markdown()
         tables[f"candidates-{kind}"] = lambda kind=kind: summary_table(  # type: ignore[misc]
             recorded.candidates, kind, beside_candidates
