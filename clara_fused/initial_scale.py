@@ -35,8 +35,9 @@ def cautious_initial_scale(params: Iterable[Tensor], lr: float | Tensor, relativ
         relative_step: largest size of the first step, as a fraction of the parameters' root mean square.
 
     Returns:
-        min(1, relative_step x root mean square / lr); 1 if all parameters are 0. For rates above about 100 the scale
-        can be below the optimizers' lower bound of 1e-4; widen `scale_bounds` there.
+        min(1, relative_step x root mean square / lr); 1 if all parameters are 0. With the default `relative_step`, a
+        rate above 100 times the root mean square gives a scale below 1e-4, which the optimizers' default `scale_bounds`
+        do not admit: widen them there.
 
     Raises:
         ValueError: there is no parameter with an element, one is not finite, or `lr` or `relative_step` is not a finite

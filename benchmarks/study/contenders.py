@@ -139,7 +139,7 @@ MEASURED_WALK: dict[str, dict[str, Any]] = {
 }
 # Two decades below the given rate: it is climbed back where the rate was right, and spares the network where it was far
 # too large.
-LOW_START = 1e-2
+LOW_START_SCALE = 1e-2
 
 
 def _renamed(name: str, label: str, contender: Contender) -> Contender:
@@ -183,7 +183,7 @@ CONTENDERS: dict[str, Contender] = {
         ),
         *(
             _renamed(f"{variant}-measured-low", f"{VARIANTS[variant].__name__}, measured walk, low start",
-                     clara(variant, **MEASURED_WALK[variant], initial_scale=LOW_START))
+                     clara(variant, **MEASURED_WALK[variant], initial_scale=LOW_START_SCALE))
             for variant in ("global", "local")
         ),
     )
