@@ -139,7 +139,7 @@ def is_capturing() -> bool:
 def release_workspace() -> int:
     """Free the memory that steps on the CPU share; the next one that needs it allocates it anew.
 
-    Local and Smoothed keep Adam's steps of large tensors there between measure and apply, at most one byte for each
+    Local and Smoothed keep Adam's steps of large tensors there between measure and apply, at most two bytes for each
     element that they optimize. All optimizers of the process share one such block, as large as the largest needed it,
     which goes with the last of them.
 

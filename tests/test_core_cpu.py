@@ -108,7 +108,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) ->
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             # Large tensors that the threads share; then so many that each thread takes whole ones.
-            sizes = (7, 100_000, 300_000, 64, 20_000) if few else (70_001,) * 40
+            sizes = (7, 100_000, 400_000, 350_000, 64, 20_000) if few else (70_001,) * 40
             params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
             optimizer = VARIANTS[variant](params, fused=True)
             for _ in range(3):

@@ -9,57 +9,79 @@ namespace clara {
 namespace cpu {
 namespace {
 
-// A tensor up to this size is measured, adapted and applied by one thread: all of it is still in that thread's cache.
-constexpr int64_t kMaxOwnTensor = 65536;
+// So many elements that a thread has measured are still in its cache for apply.
+constexpr int64_t kCachedElements = 65536;
 // Elements that are worth handing to a thread at once.
 constexpr int64_t kTaskElements = 16384;
 
 // Note [Kept directions]: apply needs Adam's step of every element once more, and would read both moments again to
 // compute it. Of a tensor too large for the innermost caches they come from memory, and what a core can fetch from there
-// is the limit. So measure also writes the step, past the caches: 4 bytes written and 4 read (float32) take the place
-// of 8 read, and nothing is fetched in order to be overwritten. Apply finds the same bits. The memory is the process's
-// Workspace, used by one tensor after the other: all of it by a tensor that the threads share, and one part per thread
-// by the tensors that are a thread's own. It holds a quarter of the list's elements (float32): a larger one gains
-// little, and where a single tensor is most of the list, the moments of the rest are read again.
-constexpr int64_t kMaxKeptBytesPerElement = 1;
+// is the limit. So measure also leaves the step for apply: 4 bytes written and 4 read (float32) take the place of 8 read.
+// Apply finds the same bits.
+//
+// A tensor is applied while the next one is measured, chunk by chunk: the steps of the one go where those of the other
+// have just been read, which the cache still has, so nothing is fetched in order to be overwritten. The first tensor's
+// steps find no such place; they are stored past the caches, which costs a little more.
+//
+// The memory is the process's Workspace: all of it for the tensors that the threads share, then one part per thread for
+// the tensors that are a thread's own. It holds half of the list's elements (float32), which is every tensor of most
+// lists; where a single tensor is more than that, the moments of the rest are read again.
+constexpr int64_t kMaxKeptBytesPerElement = 2;
 
-// The chunks of a tensor whose directions are kept: the first ones, as many as there is room for. Apply comes to the
-// last ones first, while the caches still have some of their moments.
+// A tensor on its way from measure to apply, and where its directions are kept meanwhile: those of the first chunks, as
+// many as there is room for.
 template <typename T>
-struct KeptChunks {
+struct InFlight {
+  int64_t tensor = 0;
+  int64_t chunks = 0;  // 0: no tensor
   T* directions = nullptr;
-  int64_t count = 0;
+  int64_t kept_chunks = 0;
 
-  T* of(int64_t chunk) const { return chunk < count ? directions + chunk * kChunk : nullptr; }
+  T* direction_of(int64_t chunk) const { return chunk < kept_chunks ? directions + chunk * kChunk : nullptr; }
 };
 
 template <typename T>
 class KeptDirections {
  public:
   KeptDirections(const TensorList& list, const Schedule& schedule)
-      : room_for_shared_(room(list, schedule.shared_tensors(), schedule.max_kept_bytes())),
-        room_for_own_(room(list, schedule.own_tensors(), schedule.max_kept_bytes() / schedule.threads())),
-        loan_(schedule.workspace(), std::max(room_for_shared_, schedule.threads() * room_for_own_) * kChunkBytes) {}
+      : list_(list),
+        threads_(schedule.threads()),
+        room_for_shared_(room(schedule.shared_tensors(), threads_, schedule.max_kept_bytes())),
+        room_for_own_(room(schedule.own_tensors(), 1, schedule.max_kept_bytes() / threads_)),
+        loan_(schedule.workspace(), std::max(room_for_shared_, threads_ * room_for_own_) * kChunkBytes) {}
 
-  KeptChunks<T> of_shared(int64_t numel) const { return kept_at(0, room_for_shared_, numel); }
-  KeptChunks<T> of_own(int member, int64_t numel) const { return kept_at(member * room_for_own_, room_for_own_, numel); }
+  InFlight<T> shared(int64_t tensor) const {
+    return kept_at(0, std::min(room_for_shared_, to_keep(tensor, threads_)), tensor);
+  }
+  InFlight<T> own(int member, int64_t tensor) const {
+    return kept_at(member * room_for_own_, std::min(room_for_own_, to_keep(tensor, 1)), tensor);
+  }
 
  private:
   static constexpr int64_t kChunkBytes = kChunk * static_cast<int64_t>(sizeof(T));
 
-  static int64_t chunks_to_keep(int64_t numel) { return numel > kMaxOwnTensor ? chunks_of(numel) : 0; }
+  // In chunks: none of what the caches of so many threads keep anyway.
+  int64_t to_keep(int64_t tensor, int threads) const {
+    const int64_t numel = list_.tensors[tensor].numel;
+    return numel > threads * kCachedElements ? chunks_of(numel) : 0;
+  }
 
   // In chunks: enough for each of the tensors, which come largest first, within max_bytes.
-  static int64_t room(const TensorList& list, const std::vector<int64_t>& tensors, int64_t max_bytes) {
-    const int64_t largest = tensors.empty() ? 0 : list.tensors[tensors.front()].numel;
-    return std::min(chunks_to_keep(largest), max_bytes / kChunkBytes);
+  int64_t room(const std::vector<int64_t>& tensors, int threads, int64_t max_bytes) const {
+    return tensors.empty() ? 0 : std::min(to_keep(tensors.front(), threads), max_bytes / kChunkBytes);
   }
 
-  KeptChunks<T> kept_at(int64_t first_chunk, int64_t room, int64_t numel) const {
-    if (loan_.memory() == nullptr) return {};
-    return {reinterpret_cast<T*>(loan_.memory() + first_chunk * kChunkBytes), std::min(room, chunks_to_keep(numel))};
+  InFlight<T> kept_at(int64_t first_chunk, int64_t kept_chunks, int64_t tensor) const {
+    InFlight<T> in_flight{tensor, chunks_of(list_.tensors[tensor].numel)};
+    if (loan_.memory() != nullptr) {
+      in_flight.directions = reinterpret_cast<T*>(loan_.memory() + first_chunk * kChunkBytes);
+      in_flight.kept_chunks = kept_chunks;
+    }
+    return in_flight;
   }
 
+  const TensorList& list_;
+  int threads_;
   int64_t room_for_shared_, room_for_own_;
   Workspace::Loan loan_;
 };
@@ -91,8 +113,10 @@ class Worker {
   explicit Worker(const TensorList& list)
       : list_(list), kernels_(best_kernels()), apply_(kernels_.apply(list.param_dtype)) {}
 
-  void measure(int64_t tensor, int64_t first_chunk, int64_t last_chunk, const KeptChunks<T>& kept = {}) const {
-    const TensorRecord& record = list_.tensors[tensor];
+  // `just_applied`: what was applied right before, whose directions the caches still have.
+  void measure(const InFlight<T>& of, int64_t first_chunk, int64_t last_chunk,
+               const InFlight<T>& just_applied = {}) const {
+    const TensorRecord& record = list_.tensors[of.tensor];
     const GroupOptions& options = list_.groups[record.group];
     const T step = static_cast<T>(*record.step) + T(1);
     const auto measure_with = measure_coefficients<T>(options, step, list_.grad_scale);
@@ -105,30 +129,39 @@ class Worker {
                                                record.max_exp_avg_sq != nullptr);
     auto* partial_sums = static_cast<PartialSums<double>*>(list_.partial_sums) + record.first_chunk;
     for (int64_t i = first_chunk; i < last_chunk; ++i) {
-      partial_sums[i] = loop(chunk(tensor, i, kept), &measure_with, &apply_with);
+      Chunk measured = chunk(of, i);
+      measured.direction_is_cached = measured.direction == just_applied.direction_of(i);
+      partial_sums[i] = loop(measured, &measure_with, &apply_with);
     }
   }
 
   // After adapt has counted the step.
-  void apply_backwards(int64_t tensor, int64_t first_chunk, int64_t last_chunk, const KeptChunks<T>& kept = {}) const {
-    const TensorRecord& record = list_.tensors[tensor];
+  void apply_backwards(const InFlight<T>& of, int64_t first_chunk, int64_t last_chunk) const {
+    const TensorRecord& record = list_.tensors[of.tensor];
     const auto apply_with =
         apply_coefficients<T>(list_.groups[record.group], static_cast<T>(*record.step), *record.lr_scale);
-    for (int64_t i = last_chunk - 1; i >= first_chunk; --i) apply_(chunk(tensor, i, kept), &apply_with);
+    for (int64_t i = last_chunk - 1; i >= first_chunk; --i) apply_(chunk(of, i), &apply_with);
+  }
+
+  // Chunk i of each of two tensors, where they have one.
+  void apply_and_measure(const InFlight<T>& applied, const InFlight<T>& measured, int64_t i) const {
+    if (i < applied.chunks) apply_backwards(applied, i, i + 1);
+    if (i < measured.chunks) measure(measured, i, i + 1, applied);
   }
 
  private:
-  Chunk chunk(int64_t tensor, int64_t index, const KeptChunks<T>& kept) const {
+  Chunk chunk(const InFlight<T>& of, int64_t index) const {
     constexpr DType kMoments = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-    const TensorRecord& record = list_.tensors[tensor];
+    const TensorRecord& record = list_.tensors[of.tensor];
     const int64_t first = index * kChunk;
     return {advanced(record.param, first, list_.param_dtype),
-            advanced(const_cast<void*>(list_.grads[tensor]), first, list_.grad_dtype),
+            advanced(const_cast<void*>(list_.grads[of.tensor]), first, list_.grad_dtype),
             advanced(record.exp_avg, first, kMoments),
             advanced(record.exp_avg_sq, first, kMoments),
             advanced(record.max_exp_avg_sq, first, kMoments),
             advanced(record.path, first, list_.path_dtype),
-            kept.of(index),
+            of.direction_of(index),
+            false,
             std::min(kChunk, record.numel - first)};
   }
 
@@ -154,23 +187,33 @@ void run_on_team(int threads, Body body) {
       threads, [](void* context, int member, int size) { (*static_cast<Body*>(context))(member, size); }, &body);
 }
 
+// A tensor whose directions are not kept.
+template <typename T>
+InFlight<T> without_directions(const TensorList& list, int64_t tensor) {
+  return {tensor, chunks_of(list.tensors[tensor].numel)};
+}
+
 template <typename T>
 void measure_span(const Worker<T>& worker, const TensorList& list, const Schedule::Span& span) {
   if (span.last_tensor - span.first_tensor == 1) {
-    worker.measure(span.first_tensor, span.first_chunk, span.last_chunk);
+    worker.measure(without_directions<T>(list, span.first_tensor), span.first_chunk, span.last_chunk);
     return;
   }
-  for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) worker.measure(i, 0, chunks_of(list.tensors[i].numel));
+  for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) {
+    const auto tensor = without_directions<T>(list, i);
+    worker.measure(tensor, 0, tensor.chunks);
+  }
 }
 
 template <typename T>
 void apply_span(const Worker<T>& worker, const TensorList& list, const Schedule::Span& span) {
   if (span.last_tensor - span.first_tensor == 1) {
-    worker.apply_backwards(span.first_tensor, span.first_chunk, span.last_chunk);
+    worker.apply_backwards(without_directions<T>(list, span.first_tensor), span.first_chunk, span.last_chunk);
     return;
   }
   for (int64_t i = span.last_tensor - 1; i >= span.first_tensor; --i) {
-    worker.apply_backwards(i, 0, chunks_of(list.tensors[i].numel));
+    const auto tensor = without_directions<T>(list, i);
+    worker.apply_backwards(tensor, 0, tensor.chunks);
   }
 }
 
@@ -249,50 +292,69 @@ void step_in_two_passes(const Worker<T>& worker, const TensorList& list, const S
   });
 }
 
-// Local and Smoothed: tensor by tensor, so that apply finds in the cache what measure left there.
+// Local and Smoothed: tensor by tensor, so that apply finds in the cache what measure left there: all of a small tensor,
+// of a large one (Note [Kept directions]) what the next tensor's measure needs.
 template <typename T>
 void step_tensor_by_tensor(const Worker<T>& worker, const TensorList& list, const Schedule& schedule) {
-  const std::vector<int64_t>& shared = schedule.shared_tensors();
-  const auto shared_count = static_cast<int64_t>(shared.size());
-  const auto chunks_of_shared = [&](int64_t i) {
-    return i < shared_count ? chunks_of(list.tensors[shared[static_cast<size_t>(i)]].numel) : 0;
-  };
   const auto adapt_and_count = [&](int64_t tensor) {
     adapt_own(list, tensor, reduced(list, tensor));
     count_step(list, tensor);
   };
+  const KeptDirections<T> directions(list, schedule);
+  const std::vector<int64_t>& shared = schedule.shared_tensors();
+  const auto shared_count = static_cast<int64_t>(shared.size());
+  const auto shared_tensor = [&](int64_t i) {
+    return i < shared_count ? directions.shared(shared[static_cast<size_t>(i)]) : InFlight<T>{};
+  };
   Shares to_measure(schedule.threads()), to_apply(schedule.threads());
+  to_measure.deal(0, shared_tensor(0).chunks);
   Shares tasks(1);  // one queue: largest tensors first keeps the members busy to the end
-  to_measure.deal(0, chunks_of_shared(0));
   tasks.deal(0, static_cast<int64_t>(schedule.tasks().size()));
   Barrier barrier;
-  const KeptDirections<T> directions(list, schedule);
-  run_on_team(schedule.threads(), [&](int member, int size) {
+
+  const auto step_shared = [&](int member, int size) {
+    InFlight<T> waiting;  // measured, to be applied while the next one is measured
     for (int64_t i = 0; i < shared_count; ++i) {
-      const int64_t tensor = shared[static_cast<size_t>(i)];
-      const KeptChunks<T> kept = directions.of_shared(list.tensors[tensor].numel);
-      to_measure.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1, kept); });
+      const InFlight<T> measured = shared_tensor(i), next = shared_tensor(i + 1);
+      const bool waits = measured.kept_chunks > 0 && next.chunks > 0;
+      to_measure.work(member, [&](int64_t chunk) { worker.apply_and_measure(waiting, measured, chunk); });
       barrier.arrive_and_wait(size, [&] {
-        adapt_and_count(tensor);
+        adapt_and_count(measured.tensor);
         // Nobody is at work on either: all have measured this tensor and applied the one before it.
-        to_apply.deal(0, chunks_of_shared(i));
-        to_measure.deal(0, chunks_of_shared(i + 1));
+        to_apply.deal(0, waits ? 0 : measured.chunks);
+        to_measure.deal(0, waits ? measured.chunks : next.chunks);
       });
-      to_apply.work_backwards(member, [&](int64_t chunk) { worker.apply_backwards(tensor, chunk, chunk + 1, kept); });
-      // The next tensor's steps go where this one's are still being read.
-      barrier.arrive_and_wait(size, [] {});
+      waiting = waits ? measured : InFlight<T>{};
+      to_apply.work_backwards(member, [&](int64_t chunk) { worker.apply_backwards(measured, chunk, chunk + 1); });
     }
+    // The steps of own tensors go where these are still being read.
+    if (shared_count > 0) barrier.arrive_and_wait(size, [] {});
+  };
+
+  const auto step_own = [&](int member) {
+    InFlight<T> waiting;
+    const auto apply_waiting = [&] {
+      if (waiting.chunks > 0) worker.apply_backwards(waiting, 0, waiting.chunks);
+      waiting = {};
+    };
     tasks.work(member, [&](int64_t task) {
       const Schedule::Range& range = schedule.tasks()[static_cast<size_t>(task)];
       for (int64_t i = range.first; i < range.last; ++i) {
-        const int64_t tensor = schedule.own_tensors()[static_cast<size_t>(i)];
-        const int64_t chunks = chunks_of(list.tensors[tensor].numel);
-        const KeptChunks<T> kept = directions.of_own(member, list.tensors[tensor].numel);
-        worker.measure(tensor, 0, chunks, kept);
-        adapt_and_count(tensor);
-        worker.apply_backwards(tensor, 0, chunks, kept);
+        const InFlight<T> measured = directions.own(member, schedule.own_tensors()[static_cast<size_t>(i)]);
+        for (int64_t chunk = 0; chunk < std::max(waiting.chunks, measured.chunks); ++chunk) {
+          worker.apply_and_measure(waiting, measured, chunk);
+        }
+        adapt_and_count(measured.tensor);
+        waiting = measured;
+        if (waiting.kept_chunks == 0) apply_waiting();
       }
     });
+    apply_waiting();
+  };
+
+  run_on_team(schedule.threads(), [&](int member, int size) {
+    step_shared(member, size);
+    step_own(member);
   });
 }
 
@@ -329,7 +391,7 @@ Schedule::Schedule(const TensorRecord* tensors, int64_t count, int threads, int6
   }
 
   // A tensor is shared where handing it to one thread could leave the others idle for long.
-  const int64_t max_own = std::max(kMaxOwnTensor, total / (8 * threads_));
+  const int64_t max_own = std::max(kCachedElements, total / (8 * threads_));
   for (int64_t i = 0; i < count; ++i) {
     const bool shared = threads_ > 1 && tensors[i].numel > max_own;
     (shared ? shared_tensors_ : own_tensors_).push_back(i);

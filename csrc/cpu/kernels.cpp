@@ -35,6 +35,7 @@ struct Streams {
   T* v_max;
   Path* path;
   T* direction;  // null: not kept
+  bool direction_is_cached;
 
   explicit Streams(const Chunk& chunk)
       : param(static_cast<Param*>(chunk.param)),
@@ -43,7 +44,8 @@ struct Streams {
         v(static_cast<T*>(chunk.exp_avg_sq)),
         v_max(static_cast<T*>(chunk.max_exp_avg_sq)),
         path(static_cast<Path*>(chunk.path)),
-        direction(static_cast<T*>(chunk.direction)) {}
+        direction(static_cast<T*>(chunk.direction)),
+        direction_is_cached(chunk.direction_is_cached) {}
 };
 
 // The last elements of a chunk, less than a vector, go through a padded copy: every element meets the same
@@ -115,7 +117,13 @@ inline void measure_vector(const Streams& s, int64_t i, const MeasureCoefficient
   }
   const V direction = adam_direction(m, v, c.direction);
   if constexpr (mode != MeasureMode::kApply) {
-    if (s.direction != nullptr) stream(direction, s.direction + i);
+    if (s.direction != nullptr) {
+      if (s.direction_is_cached) {
+        S::store(direction, s.direction + i);
+      } else {
+        stream(direction, s.direction + i);
+      }
+    }
   }
   S::store(extended_path(S::load(s.path + i), direction, c), s.path + i);
   const V stored_path = S::load(s.path + i);
@@ -176,7 +184,7 @@ PartialSums<double> measure_chunk(const Chunk& chunk, const void* measure_coeffi
     if constexpr (amsgrad) v_max.write_back();
     path.write_back();
   }
-  if (s.direction != nullptr) end_streaming();
+  if (s.direction != nullptr && !s.direction_is_cached) end_streaming();
   return {sums.path_sq.total(), sums.step_sq.total()};
 }
 

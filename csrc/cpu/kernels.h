@@ -16,6 +16,7 @@ struct Chunk {
   void* max_exp_avg_sq;  // null without amsgrad
   void* path;
   void* direction;  // where measure leaves Adam's step for apply, in the arithmetic type; null: apply computes it anew
+  bool direction_is_cached;  // the caches have what is there now; otherwise measure stores past them
   int64_t numel;
 };
 

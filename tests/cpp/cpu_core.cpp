@@ -101,6 +101,16 @@ struct Case {
            (coupled ? " coupled" : "");
   }
   DType moments() const { return param == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+  std::vector<int64_t> sizes() const {
+    std::vector<int64_t> sizes = {0, 1, 3, 15, 16, 17, 0, 63, 65, 128, cpu::kChunk - 1, cpu::kChunk, cpu::kChunk + 1,
+                                  5 * cpu::kChunk + 7, 2, 4 * cpu::kChunk + 1};
+    // So large that three threads keep the directions of both; in a few cases, for the sanitizers take their time.
+    if (variant == Variant::kLocal && !deferred && grad == param && path == moments()) {
+      sizes.insert(sizes.end(), {13 * cpu::kChunk + 9, 12 * cpu::kChunk + 1});
+    }
+    return sizes;
+  }
 };
 
 class Tensor {
@@ -123,19 +133,20 @@ class Tensor {
   std::unique_ptr<char[]> block_;
 };
 
-const std::vector<int64_t> kSizes = {0, 1, 3, 15, 16, 17, 0, 63, 65, 128, cpu::kChunk - 1, cpu::kChunk, cpu::kChunk + 1,
-                                     5 * cpu::kChunk + 7, 2, 4 * cpu::kChunk + 1};
-
 struct Model {
   Case c;
+  std::vector<int64_t> sizes;
   std::vector<Tensor> params, grads, m, v, v_max, paths;
   std::vector<float> steps, scales;
   std::vector<double> table;
   GroupOptions options{};
 
-  explicit Model(const Case& of) : c(of), table(random_walk_table(0.9, 0.2)) {
+  explicit Model(const Case& of) : Model(of, of.sizes()) {}
+
+  Model(const Case& of, std::vector<int64_t> with_sizes)
+      : c(of), sizes(std::move(with_sizes)), table(random_walk_table(0.9, 0.2)) {
     std::mt19937 random(7);
-    for (const int64_t numel : kSizes) {
+    for (const int64_t numel : sizes) {
       params.emplace_back(numel, c.param);
       grads.emplace_back(numel, c.grad);
       m.emplace_back(numel, c.moments());
@@ -148,8 +159,8 @@ struct Model {
         grads.back().set(i, std::ldexp(2 * static_cast<int>(random() % 32) - 19, -5));
       }
     }
-    steps.assign(kSizes.size(), 0.0f);
-    scales.assign(c.variant == Variant::kGlobal ? 1 : kSizes.size(), 1.0f);
+    steps.assign(sizes.size(), 0.0f);
+    scales.assign(c.variant == Variant::kGlobal ? 1 : sizes.size(), 1.0f);
     options.lr = 0.01;
     options.accumulate = options.adapt_lr = 1;
     options.scale_rule = c.variant == Variant::kSmoothed ? ScaleRule::kSmoothed : ScaleRule::kFactor;
@@ -172,14 +183,14 @@ struct Model {
     std::vector<TensorRecord> records;
     std::vector<const void*> grad_pointers;
     int64_t chunks = 0;
-    for (size_t i = 0; i < kSizes.size(); ++i) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
       records.push_back({params[i].data(), m[i].data(), v[i].data(), c.amsgrad ? v_max[i].data() : nullptr,
-                         paths[i].data(), &steps[i], &scales[scales.size() == 1 ? 0 : i], kSizes[i], chunks, 0, 0});
-      chunks += cpu::chunks_of(kSizes[i]);
+                         paths[i].data(), &steps[i], &scales[scales.size() == 1 ? 0 : i], sizes[i], chunks, 0, 0});
+      chunks += cpu::chunks_of(sizes[i]);
       grad_pointers.push_back(grads[i].data());
     }
     std::vector<PartialSums<double>> partial_sums(static_cast<size_t>(chunks));
-    std::vector<PathSums> sums(kSizes.size());
+    std::vector<PathSums> sums(sizes.size());
     const float grad_scale = 2.0f;
     TensorList list{};
     list.tensors = records.data();
@@ -224,9 +235,9 @@ void check_first_step(const Case& c) {
   after.run(1, 2, true);
   const double unit = c.param == DType::kBFloat16 ? 0x1p-8 : c.param == DType::kFloat16 ? 0x1p-11 : 0x1p-20;
   const double path_unit = c.path == DType::kBFloat16 ? 0x1p-8 : 0x1p-20;
-  for (size_t t = 0; t < kSizes.size(); ++t) {
+  for (size_t t = 0; t < after.sizes.size(); ++t) {
     double path_sq = 0.0;
-    for (int64_t i = 0; i < kSizes[t]; ++i) {
+    for (int64_t i = 0; i < after.sizes[t]; ++i) {
       const double param = before.params[t].at(i);
       const double grad = before.grads[t].at(i) / 2.0 + before.options.weight_decay * param;
       const double direction = grad / (std::fabs(grad) + 1e-3), path = 0.6 * direction;
@@ -244,8 +255,8 @@ void check_first_step(const Case& c) {
       }
     }
     expect(after.steps[t] == 1.0f, c.name() + ": step not counted");
-    if (c.variant == Variant::kLocal && kSizes[t] > 0) {
-      const double ratio = path_sq / (static_cast<double>(kSizes[t]) * after.table[0]);
+    if (c.variant == Variant::kLocal && after.sizes[t] > 0) {
+      const double ratio = path_sq / (static_cast<double>(after.sizes[t]) * after.table[0]);
       const double mu = std::min(std::max(std::exp(0.1 * (ratio - 1.0)), 0.5), 1.5);
       expect(std::fabs(after.scales[t] - mu) < 1e-5, c.name() + ": scale");
     }
@@ -361,6 +372,20 @@ void check_workspace_of_threads() {
   expect(first.same_bits(alone) && second.same_bits(alone), "steps of two threads at once disturb each other");
 }
 
+// Tensors of one thread keep their directions where those of a shared one were; the last one has no successor.
+void check_kept_directions_of_many() {
+  const Case c{DType::kFloat32, DType::kFloat32, DType::kFloat32, Variant::kLocal, false, false, false};
+  std::vector<int64_t> sizes = {330'000};
+  sizes.insert(sizes.end(), 12, 66'000);
+  Model not_kept(c, sizes);
+  not_kept.run(2, 1, true, 0.0f, 0);
+  for (const int threads : {1, 2}) {
+    Model kept(c, sizes);
+    kept.run(2, threads, true);
+    expect(kept.same_bits(not_kept), "kept directions change a list of many: " + std::to_string(threads) + " threads");
+  }
+}
+
 void check_order_free_sum() {
   const Case c{DType::kFloat32, DType::kFloat32, DType::kFloat32, Variant::kGlobal, false, false, false};
   Model model(c);
@@ -398,6 +423,7 @@ int main(int argc, char**) {
   check_order_free_sum();
   check_workspace();
   check_workspace_of_threads();
+  check_kept_directions_of_many();
   std::vector<DType> dtypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
   if (argc > 1) dtypes.resize(1);
   int cases = 0;
