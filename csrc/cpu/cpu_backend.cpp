@@ -15,9 +15,9 @@ constexpr int64_t kCachedElements = 65536;
 constexpr int64_t kTaskElements = 16384;
 
 // Note [Kept directions]: apply needs Adam's step of every element once more, and would read both moments again to
-// compute it. Of a tensor too large for the innermost caches they come from memory, and what a core can fetch from there
-// is the limit. So measure also leaves the step for apply: 4 bytes written and 4 read (float32) take the place of 8 read.
-// Apply finds the same bits.
+// compute it. Of a tensor too large for the innermost caches they come from memory, and what a core can fetch from
+// there is the limit. So measure also leaves the step for apply: 4 bytes written and 4 read (float32) take the place of
+// 8 read. Apply finds the same bits.
 //
 // A tensor is applied while the next one is measured, chunk by chunk: the steps of the one go where those of the other
 // have just been read, which the cache still has, so nothing is fetched in order to be overwritten. The first tensor's
@@ -292,8 +292,8 @@ void step_in_two_passes(const Worker<T>& worker, const TensorList& list, const S
   });
 }
 
-// Local and Smoothed: tensor by tensor, so that apply finds in the cache what measure left there: all of a small tensor,
-// of a large one (Note [Kept directions]) what the next tensor's measure needs.
+// Local and Smoothed: tensor by tensor, so that apply finds all of a small tensor still in the cache. A large one is
+// applied while the next is measured, see Note [Kept directions].
 template <typename T>
 void step_tensor_by_tensor(const Worker<T>& worker, const TensorList& list, const Schedule& schedule) {
   const auto adapt_and_count = [&](int64_t tensor) {
