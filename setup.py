@@ -22,9 +22,10 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -344,11 +345,6 @@ class NinjaFile:
 class BuildCore(build_ext):
     """Hands the one extension to ninja, which recompiles only what has changed."""
 
-    def run(self) -> None:
-        if PLAN.kind != "python":
-            super().run()
-        print(f"clara_fused: built {PLAN}", file=sys.stderr, flush=True)
-
     def object_folder(self) -> Path:
         """Where objects are kept from build to build. For an editable install setuptools would throw them away."""
         if self.editable_mode:
@@ -371,8 +367,42 @@ class BuildCore(build_ext):
             )
 
 
+class FinishBuild(Command):
+    """Says what was built, with a core or without one."""
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        if PLAN.kind == "python" and self.editable_mode:
+            # The core of an earlier build would go on being used.
+            (ROOT / self.get_finalized_command("build_ext").get_ext_filename(CORE)).unlink(missing_ok=True)
+        print(f"clara_fused: built {PLAN}", file=sys.stderr, flush=True)
+
+    # setuptools asks every step of a build.
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    sub_commands: ClassVar = [*build.sub_commands, ("finish_build", None)]
+
+
+CORE = "clara_fused._core"
 PLAN = make_plan()
 setup(
-    ext_modules=[] if PLAN.kind == "python" else [Extension("clara_fused._core", [])],
-    cmdclass={"build_ext": BuildCore},
+    ext_modules=[] if PLAN.kind == "python" else [Extension(CORE, [])],
+    cmdclass={"build": Build, "build_ext": BuildCore, "finish_build": FinishBuild},
 )

@@ -124,6 +124,30 @@ def test_objects_are_kept_for_the_next_build(
     assert ROOT / "build" in command.object_folder().parents
 
 
+@pytest.mark.parametrize("editable", [True, False])
+def test_without_a_core_that_of_an_earlier_build_is_not_used(
+    editable: bool,
+    load_setup: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finish_build = load_setup(CLARA_BUILD="python").FinishBuild
+    monkeypatch.setitem(finish_build.run.__globals__, "ROOT", tmp_path)
+    (tmp_path / "clara_fused").mkdir()
+    core, of_another_python = (
+        tmp_path / "clara_fused" / f"_core{suffix}" for suffix in (sysconfig.get_config_var("EXT_SUFFIX"), ".other.so")
+    )
+    core.touch()
+    of_another_python.touch()
+    command = finish_build(setuptools.Distribution())
+    command.editable_mode = editable
+    command.run()
+    assert core.exists() is not editable
+    assert of_another_python.exists()
+    assert "built pure Python, without the compiled core (CLARA_BUILD=python)" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 class TestToolkit:
     def test_nvcc_says_where_it_lives(
