@@ -99,7 +99,7 @@ def objects_over_steps(layout: str, variant: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("layout", "variant"), [("fsdp2-2", "Smoothed"), ("tp-2", "Global")])
 def test_nothing_grows_over_hundreds_of_steps(world2: World, layout: str, variant: str) -> None:
-    for counts in world2.run(objects_over_steps, layout, variant, timeout=120.0):
+    for counts in world2.run(objects_over_steps, layout, variant):
         (objects, tensors), (last_objects, last_tensors) = counts[1], counts[-1]
         assert last_tensors == tensors, counts
         assert last_objects - objects <= 20, counts  # of 200 steps: less than one object in ten steps
