@@ -23,6 +23,7 @@ from . import validation
 from ._interface import interface_stamp
 from ._version import __version__
 from .batches import Location, StepInputs, TensorWork, moved
+from .dtensors import local
 from .options import GroupOptions, Variant
 
 if TYPE_CHECKING:
@@ -92,11 +93,22 @@ def _cuda_problem(index: int) -> str:
     return problem
 
 
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether only the tensor's class knows what operations do with it, and where its elements are (quantized, say)."""
+    return type(local(tensor)).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def _why_not(param: Tensor, grad: Tensor, path_dtype: torch.dtype) -> str | None:
     """Why the core cannot step this tensor; None if it can."""
     problem = core_status(param.device, param.dtype)
     if problem is not None:
         return problem
+    for tensor, role in ((param, "parameters"), (grad, "gradients")):
+        if _is_wrapper(tensor):
+            return (
+                f"the compiled core does not serve {role} of type {type(tensor).__name__}, which implements "
+                f"PyTorch's operations itself; use fused=None or fused=False"
+            )
     core = _core_module()
     codes = _dtype_codes()
     if not core.supports(param.device.type == "cuda", codes[param.dtype], codes[grad.dtype], codes[path_dtype]):

@@ -23,6 +23,7 @@ from helpers import (
     train,
     why_not_core,
 )
+from torch.utils._pytree import tree_map_only
 
 NAN, INF = float("nan"), float("inf")
 
@@ -409,6 +410,45 @@ def test_gradient_that_requires_grad(variant: str, fused: bool) -> None:
         param.grad = None
         (param**3).sum().backward(create_graph=True)
         check.step()
+
+
+class Wrapper(torch.Tensor):
+    """Holds another tensor, as quantized ones do: it has no memory of its own, and its class does all operations."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Wrapper, lambda wrapper: wrapper.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, Wrapper, func(*args, **kwargs))
+
+
+@pytest.mark.parametrize("wrapped", ["parameter", "gradient"])
+def test_tensors_without_memory_of_their_own(wrapped: str, variant: str) -> None:
+    """PyTorch steps them, and fused=True says that the core cannot; also once the core has stepped a plain one."""
+    plain, odd = parameters([(4,)])[0], parameters([(4,)])[0]
+    if wrapped == "parameter":
+        odd = torch.nn.Parameter(Wrapper(odd.detach().clone()))
+    expected = VARIANTS[variant]([plain], fused=False, **LIVELY[variant])
+    optimizer = VARIANTS[variant]([odd], **LIVELY[variant])
+    for step in range(3):
+        plain.grad = torch.full((4,), step + 1.0)
+        odd.grad = Wrapper(plain.grad.clone()) if wrapped == "parameter" or step > 0 else plain.grad.clone()
+        expected.step()
+        optimizer.step()
+        after = odd.detach().inner if wrapped == "parameter" else odd.detach()
+        torch.testing.assert_close(after, plain.detach())
+    optimizer.fused = True
+    with pytest.raises(RuntimeError, match=r"param group 0, parameter 0 .*fused=True: "):
+        optimizer.step()
+    torch.testing.assert_close(after, plain.detach())
 
 
 def test_tensor_subclass_parameters(variant: str) -> None:
