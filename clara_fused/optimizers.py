@@ -122,7 +122,7 @@ class AdamClara(Optimizer):
     def _initialize(
         self, params: ParamsT, defaults: dict[str, Any], fused: bool | None, process_group: Any
     ) -> None:
-        if fused not in (None, True, False):
+        if fused is not None and not isinstance(fused, bool):  # 0 equals False, but is not what a step asks for
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
         self.process_group = process_group

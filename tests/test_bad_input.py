@@ -382,7 +382,7 @@ def test_fused_where_the_core_is_missing(variant: str, monkeypatch: pytest.Monke
     VARIANTS[variant](params, fused=None).step()
 
 
-@pytest.mark.parametrize("value", ["yes", 2, object()], ids=["text", "number", "object"])
+@pytest.mark.parametrize("value", ["yes", 2, 0, 1.0, object()], ids=["text", "number", "zero", "one", "object"])
 def test_fused_takes_true_false_none(value: Any, variant: str) -> None:
     with pytest.raises((TypeError, ValueError), match="fused"):
         VARIANTS[variant](parameters(), fused=value)
