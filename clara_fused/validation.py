@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .dtensors import is_dtensor
 
@@ -221,6 +222,8 @@ def check_param(param: Tensor, group_index: int, param_index: int) -> None:
         TypeError: complex, integer, of an unsupported floating-point dtype, or not strided.
         ValueError: elements of the tensor share memory (an expanded tensor), so it cannot be updated in place.
     """
+    if is_lazy(param):  # of a lazy module: the first forward pass will make a tensor of it
+        return
     if param.layout is not torch.strided:
         raise TypeError(
             f"{describe(group_index, param_index, param)}: parameters must be dense, got layout {param.layout}"

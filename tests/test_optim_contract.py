@@ -58,6 +58,21 @@ def test_constructs_from_generators_names_and_dicts(variant: str) -> None:
         cls([])
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_constructs_before_lazy_modules_have_shapes(variant: str, fused: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LazyLinear(2))
+    optimizer = VARIANTS[variant](model.parameters(), fused=fused, **LIVELY[variant])
+    for _ in range(2):
+        model[0](torch.ones(5, 3)).sum().backward()
+        optimizer.step()
+        assert len(optimizer.state) == 2
+    loss = model(torch.ones(5, 3)).sum()  # gives the second layer its shapes
+    check = StepCheck(variant, optimizer)
+    loss.backward()
+    check.step()
+    assert len(optimizer.state) == 4
+
+
 def test_no_state_before_the_first_step(optimizer: torch.optim.Optimizer) -> None:
     """Accelerate swaps parameters between __init__ and the first step: nothing may be created or cached before."""
     assert not optimizer.state
