@@ -355,7 +355,7 @@ class AdamClara(Optimizer):
             if key in self._stateless_scales:
                 self.state[param]["lr_scale"] = moved(self._stateless_scales.pop(key), param.device)
         if self.variant is Variant.GLOBAL:
-            state.share_scale(self.state.values())
+            state.share_scale(self._param_states())
         return [sharding.local_work(*located, self.state[located[2]]) for located in taking_part]
 
     def _enumerate_params(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -408,9 +408,14 @@ class AdamClara(Optimizer):
         for batch in batches:
             batch.apply()
 
+    def _param_states(self) -> Iterator[state.State]:
+        """The states of parameters; torch.optim lets a user keep anything else beside them."""
+        return (entry for param, entry in self.state.items() if isinstance(param, Tensor))
+
     def _shared_scales(self) -> dict[torch.device, Tensor]:
         """The one scale of AdamClaraGlobal, by device that holds it."""
-        return {entry["lr_scale"].device: entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry}
+        scales = (entry["lr_scale"] for entry in self._param_states() if "lr_scale" in entry)
+        return {scale.device: scale for scale in scales}
 
     def _adapt_shared_scale(self, totals: Tensor, inputs: StepInputs) -> None:
         """Move the one scale of AdamClaraGlobal, on every device that holds it."""
@@ -548,7 +553,7 @@ class AdamClara(Optimizer):
         """
         shared = None
         if self.variant is Variant.GLOBAL:
-            held = (entry["lr_scale"] for entry in self.state.values() if "lr_scale" in entry)
+            held = (entry["lr_scale"] for entry in self._param_states() if "lr_scale" in entry)
             shared = next(held, self._stateless_scales.get(None))
         return [self._group_scales(group, shared) for group in self.param_groups]
 
@@ -625,7 +630,7 @@ class AdamClara(Optimizer):
                     )
         super().__setstate__(new)
         if self.variant is Variant.GLOBAL:
-            state.share_scale(self.state.values())
+            state.share_scale(self._param_states())
         self._forget_caches()
 
 

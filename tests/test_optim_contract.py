@@ -567,6 +567,21 @@ def test_state_cleared_by_the_user(variant: str, fused: bool) -> None:
     assert all(s["step"].item() == 1 for s in optimizer.state.values())
 
 
+def test_entries_of_the_users_beside_the_states_of_parameters(variant: str, fused: bool) -> None:
+    """torch.optim keeps, saves and loads whatever is in optimizer.state under a key that is no parameter."""
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    check = StepCheck(variant, optimizer)
+    for step in range(3):
+        set_gradients(params, step)
+        check.step()
+        optimizer.state["note"] = step
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state["note"] == 2
+    assert copy.deepcopy(optimizer).state["note"] == 2
+    assert all(torch.isfinite(scales).all() for scales in optimizer.lr_scales())
+
+
 def test_trains_under_inference_and_default_dtype_settings(variant: str, fused: bool) -> None:
     """A default dtype of float64 must not leak into step and lr_scale."""
     torch.set_default_dtype(torch.float64)
