@@ -166,7 +166,7 @@ class Bucket {
                         pointer<void>(max_exp_avg_sq), pointer<void>(path), pointer<float>(step),
                         pointer<float>(lr_scale), numel, list_.chunk_count, static_cast<int32_t>(group), 0});
     list_.chunk_count += chunks_of(numel);
-    grads_->push_back(pointer<const void>(grad));
+    grads_->add(pointer<const void>(grad));
     schedule_.reset();
     return row;
   }
@@ -201,6 +201,7 @@ class Bucket {
   // Measures and reduces into `sums`: float64 [n, 2] on the device.
   void measure(Address sums, int threads, Address stream) {
     list_.sums = pointer<PathSums>(sums);
+    const GradsAreRead done{*grads_};
     run(threads, stream, [](const TensorList& list, const auto& where) { Verbs::measure(list, where); });
   }
 
@@ -217,6 +218,7 @@ class Bucket {
   void step(int threads, Address stream) {
     own_sums_.resize(is_on_cuda() ? 0 : records_.size());
     list_.sums = own_sums_.data();
+    const GradsAreRead done{*grads_};
     run(threads, stream, [](const TensorList& list, const auto& where) { Verbs::step(list, where); });
   }
 
@@ -224,6 +226,13 @@ class Bucket {
   const std::shared_ptr<GradSlots>& grads() const { return grads_; }
 
  private:
+  // At the end of the only operations that read gradients, however they end. Kernels may still be reading then; memory
+  // that is freed on a CUDA device is reused in the order of its stream.
+  struct GradsAreRead {
+    GradSlots& slots;
+    ~GradsAreRead() { slots.release(); }
+  };
+
   bool is_on_cuda() const { return device_ >= 0; }
 
   int64_t chunks_of(int64_t numel) const {
@@ -238,7 +247,7 @@ class Bucket {
   void run(int threads, Address stream, Operation operation) {
     list_.tensors = records_.data();
     list_.count = size();
-    list_.grads = grads_->data();
+    list_.grads = grads_->addresses.data();
     list_.groups = groups_->options.data();
     list_.group_count = static_cast<int64_t>(groups_->options.size());
 #if defined(CLARA_WITH_CUDA)

@@ -497,6 +497,33 @@ def test_the_watch_keeps_no_tensor_alive() -> None:
     assert path() is None
 
 
+@pytest.mark.parametrize("verb", ["step", "measure"])
+def test_gradients_live_until_the_core_has_read_them(verb: str) -> None:
+    """Another thread may drop a gradient while a step computes: the core works without the GIL."""
+    param, optimizer = one_parameter()
+    optimizer.step()
+    plan = optimizer._plan
+    watch, bucket = plan._watch, plan.batches[0]._bucket
+    sums = torch.zeros(1, 2, dtype=torch.float64)
+    arguments = (sums.data_ptr(), 1, 0) if verb == "measure" else (1, 0)
+
+    def checked_then_dropped() -> weakref.ref[torch.Tensor]:
+        param.grad = torch.ones_like(param)
+        gradient = weakref.ref(param.grad)
+        assert watch.unchanged(optimizer.param_groups, optimizer.state)
+        param.grad = None
+        gc.collect()
+        return gradient
+
+    gradient = checked_then_dropped()
+    assert gradient() is not None
+    getattr(bucket, verb)(*arguments)
+    assert gradient() is None
+    gradient = checked_then_dropped()
+    assert not watch.unchanged(optimizer.param_groups, optimizer.state)
+    assert gradient() is None
+
+
 def test_pickle_and_deepcopy_leave_the_cache_behind() -> None:
     param = torch.nn.Parameter(torch.randn(10))
     param.grad = torch.randn(10)

@@ -177,7 +177,7 @@ bool TensorWatch::remember(PyObject* object, Tensor* tensor) {
 
 void TensorWatch::route(int64_t group, int64_t param, std::shared_ptr<GradSlots> slots, int64_t row) {
   Param& routed = groups_.at(static_cast<size_t>(group)).at(static_cast<size_t>(param));
-  if (row < 0 || row >= static_cast<int64_t>(slots->size())) throw py::index_error("row outside of the bucket");
+  if (row < 0 || row >= static_cast<int64_t>(slots->addresses.size())) throw py::index_error("row outside of the bucket");
   routed.slots = std::move(slots);
   routed.row = row;
 }
@@ -187,7 +187,17 @@ void TensorWatch::route(int64_t group, int64_t param, std::shared_ptr<GradSlots>
 // ---------------------------------------------------------------------------------------------------------------
 
 bool TensorWatch::unchanged(py::list param_groups, py::dict state) {
-  return same_params(param_groups.ptr()) && same_state(state.ptr());
+  if (same_params(param_groups.ptr()) && same_state(state.ptr())) return true;
+  release_gradients();
+  return false;
+}
+
+void TensorWatch::release_gradients() {
+  for (const std::vector<Param>& group : groups_) {
+    for (const Param& param : group) {
+      if (param.slots != nullptr) param.slots->owners[static_cast<size_t>(param.row)] = {};
+    }
+  }
 }
 
 bool TensorWatch::same(PyObject* object, const Tensor& tensor, bool compare_address, const void** address) {
@@ -251,7 +261,10 @@ bool TensorWatch::same_grad(Param& param) {
     const py::object negative = owned(PyObject_CallMethodNoArgs(grad.ptr(), names().is_neg));
     if (negative.ptr() != Py_False) return false;
   }
-  if (param.slots != nullptr) (*param.slots)[static_cast<size_t>(param.row)] = address;
+  if (param.slots != nullptr) {
+    param.slots->addresses[static_cast<size_t>(param.row)] = address;
+    param.slots->owners[static_cast<size_t>(param.row)] = grad;
+  }
   return true;
 }
 

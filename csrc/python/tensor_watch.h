@@ -44,10 +44,22 @@ class MetadataReader {
   std::vector<int64_t> shape_, strides_;
 };
 
-// Where the watch leaves the address of a gradient.
-using GradSlots = std::vector<const void*>;
+// Where the watch leaves the gradients of a bucket. While the core reads them the GIL is free, and another thread may
+// drop or replace a gradient; so each has an owner from the check until the core has read it.
+struct GradSlots {
+  std::vector<const void*> addresses;
+  std::vector<pybind11::object> owners;  // null outside of a step, and where somebody else owns the gradient
 
-// Note [Stale pointers]: the watch keeps no tensor alive. At every step it walks the optimizer's param groups and
+  void add(const void* address) {
+    addresses.push_back(address);
+    owners.emplace_back();
+  }
+  void release() {
+    for (pybind11::object& owner : owners) owner = {};
+  }
+};
+
+// Note [Stale pointers]: the watch keeps no tensor alive, beyond the gradients of a step that is being taken. At every step it walks the optimizer's param groups and
 // state as they are then, so every tensor that it looks at is alive and is the one that a fresh walk would have found;
 // what it compares (address, dtype, device, shape, strides) is all that the cached records were made from. An object
 // that died and was replaced by another at the same place with the same metadata needs no new record.
@@ -60,7 +72,7 @@ class TensorWatch {
   // The gradient of this parameter goes to (*slots)[row] at each successful check.
   void route(int64_t group, int64_t param, std::shared_ptr<GradSlots> slots, int64_t row);
 
-  // True if nothing but addresses of gradients has changed; then the routed slots hold the current ones.
+  // True if nothing but addresses of gradients has changed; then the routed slots own the current ones.
   bool unchanged(pybind11::list param_groups, pybind11::dict state);
 
   // The parameters that have gradients, right after `unchanged` has been true for the same groups.
@@ -98,6 +110,7 @@ class TensorWatch {
   bool same_params(PyObject* param_groups);
   bool same_grad(Param& param);
   bool same_state(PyObject* state);
+  void release_gradients();
 
   MetadataReader reader_;
   std::vector<int64_t> dims_;
