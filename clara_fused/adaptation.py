@@ -119,7 +119,8 @@ def reference_at(steps: Tensor, options: GroupOptions) -> Tensor:
     limit = random_walk_limit(options.beta1, options.smoothing)
     if options.measured_walk:
         limit /= _step_variance(options.beta1, 0.0)
-    tabulated = table.index_select(0, (steps - 1.0).clamp(0, len(table) - 1).to(torch.int64))
+    # As integers first: a NaN (a damaged checkpoint) stays a NaN if clamped, and would be no index.
+    tabulated = table.index_select(0, (steps - 1.0).to(torch.int64).clamp(0, len(table) - 1))
     steps_beyond = (steps - len(table)).clamp(min=0.0)
     decay = _tail_decay(options.smoothing)
     # exp(-inf * 0) would be NaN, so smoothing = 1 is told apart on the host.

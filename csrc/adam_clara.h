@@ -200,6 +200,14 @@ CLARA_HD double random_walk_reference(const ReferenceTable& table, int64_t step)
   return table.limit + excess * std::exp(static_cast<double>(step - table.length) * table.log_tail_decay);
 }
 
+// The number of the step that follows so many, as an index into tables. A count that is none (negative, infinite or NaN:
+// a damaged checkpoint) must not lead outside of them; what becomes of the parameters then is for Adam's formulas to say.
+CLARA_HD int64_t step_after(float steps_taken) {
+  constexpr float kMost = 4e18f;  // an int64_t holds it
+  if (!(steps_taken > 0.0f)) return 1;
+  return static_cast<int64_t>(steps_taken < kMost ? steps_taken : kMost) + 1;
+}
+
 // What a walk in place of the path is expected to give for N.
 CLARA_HD double expected_path_sq(const GroupOptions& options, int64_t step, int64_t numel, double step_sq) {
   const double kappa = random_walk_reference(options.reference, step);

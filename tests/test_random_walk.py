@@ -154,6 +154,22 @@ def test_reference_late_in_a_run(step: int, variant: str, fused: bool) -> None:
     assert expected <= limit * 1.001
 
 
+@pytest.mark.parametrize("count", [1e30, math.inf, math.nan, -5.0])
+def test_a_count_of_steps_that_is_none(count: float, variant: str, fused: bool) -> None:
+    """A damaged checkpoint: no look-up outside of the table. Endless steps are at its limit; else nothing adapts."""
+
+    def scale_after_a_step(steps_before: float) -> float:
+        (param,) = parameters([(8,)])
+        optimizer = VARIANTS[variant]([param], fused=fused)
+        for _ in range(2):
+            param.grad = torch.ones(8)
+            optimizer.step()
+            optimizer.state[param]["step"].fill_(steps_before)
+        return float(optimizer.lr_scales()[0])
+
+    assert scale_after_a_step(count) == (scale_after_a_step(1e6) if count > 0 else 1.0)
+
+
 def test_float_reference_counts_elements(variant: str, fused: bool) -> None:
     """reference=1.0 compares the path with the number of elements, from the first step on."""
     param = torch.nn.Parameter(torch.zeros(10))

@@ -229,7 +229,7 @@ PathSums reduced(const TensorList& list, int64_t tensor) {
     total.path_sq += partial_sums[i].path_sq;
     total.step_sq += partial_sums[i].step_sq;
   }
-  const int64_t step = static_cast<int64_t>(*record.step) + 1;
+  const int64_t step = step_after(*record.step);
   return {total.path_sq, expected_path_sq(list.groups[record.group], step, record.numel, total.step_sq)};
 }
 

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   if (options.walk_unit == WalkUnit::kStepSquared) total.step_sq = block_reduce(total.step_sq, Sum{});
 
   if (threadIdx.x == 0) {
-    const int64_t step = static_cast<int64_t>(*record.step) + 1;
+    const int64_t step = step_after(*record.step);
     const PathSums sums = {total.path_sq, expected_path_sq(options, step, record.numel, total.step_sq)};
     arguments.sums[tensor] = sums;
     if (arguments.after == After::kAdaptOwn) adapt_scale(record, sums.path_sq, sums.expected_path_sq, options);
