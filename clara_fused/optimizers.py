@@ -308,10 +308,11 @@ class AdamClara(Optimizer):
 
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
-        lrs = []
+        lrs: list[float | Tensor] = []
         for index, group in enumerate(self.param_groups):
             validation.check_lr(group["lr"], index)
-            lrs.append(group["lr"])
+            # Here, not in the back ends: an integer beyond float64 must fail before anything is changed.
+            lrs.append(group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]))
         options = self._read_options()
         return StepInputs(options, lrs, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf"))
 
@@ -582,7 +583,7 @@ class AdamClara(Optimizer):
         return [
             scales * moved(group["lr"], scales.device).reshape(()).to(torch.float32)
             if isinstance(group["lr"], Tensor)
-            else scales * group["lr"]
+            else scales * float(group["lr"])
             for group, scales in zip(self.param_groups, self.lr_scales(), strict=True)
         ]
 

@@ -9,8 +9,10 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -109,6 +111,29 @@ def test_no_tensors_in_groups_but_the_users(optimizer: torch.optim.Optimizer) ->
     assert snapshot(optimizer)["options"] == options
     for group in optimizer.param_groups:
         assert not any(isinstance(value, torch.Tensor) for key, value in group.items() if key != "params")
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), Fraction(1, 4), 1], ids=["numpy", "fraction", "integer"])
+def test_lr_may_be_any_real_number(number: Any, variant: str, fused: bool) -> None:
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    twins = VARIANTS[variant](clones(params), fused=fused, **LIVELY[variant])
+    for opt, lr in ((optimizer, number), (twins, float(number))):
+        opt.param_groups[0]["lr"] = lr
+        train(opt, 2)
+    assert results(optimizer) == results(twins)
+    torch.testing.assert_close(optimizer.effective_lrs(), twins.effective_lrs(), rtol=0, atol=0)
+
+
+def test_lr_beyond_floating_point_changes_nothing(variant: str, fused: bool) -> None:
+    params = parameters()
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    train(optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 10**400
+    before = snapshot(optimizer)
+    with pytest.raises(OverflowError):
+        optimizer.step()
+    assert snapshot(optimizer) == before
 
 
 @pytest.mark.parametrize("tensor", [False, True])
