@@ -200,8 +200,9 @@ CLARA_HD double random_walk_reference(const ReferenceTable& table, int64_t step)
   return table.limit + excess * std::exp(static_cast<double>(step - table.length) * table.log_tail_decay);
 }
 
-// The number of the step that follows so many, as an index into tables. A count that is none (negative, infinite or NaN:
-// a damaged checkpoint) must not lead outside of them; what becomes of the parameters then is for Adam's formulas to say.
+// The number of the step that follows so many, as an index into tables. A count that is none (negative, infinite or
+// NaN: a damaged checkpoint) must not lead outside of them; what becomes of the parameters then is for Adam's formulas
+// to say.
 CLARA_HD int64_t step_after(float steps_taken) {
   constexpr float kMost = 4e18f;  // an int64_t holds it
   if (!(steps_taken > 0.0f)) return 1;

@@ -177,7 +177,9 @@ bool TensorWatch::remember(PyObject* object, Tensor* tensor) {
 
 void TensorWatch::route(int64_t group, int64_t param, std::shared_ptr<GradSlots> slots, int64_t row) {
   Param& routed = groups_.at(static_cast<size_t>(group)).at(static_cast<size_t>(param));
-  if (row < 0 || row >= static_cast<int64_t>(slots->addresses.size())) throw py::index_error("row outside of the bucket");
+  if (row < 0 || row >= static_cast<int64_t>(slots->addresses.size())) {
+    throw py::index_error("row outside of the bucket");
+  }
   routed.slots = std::move(slots);
   routed.row = row;
 }

@@ -59,10 +59,11 @@ struct GradSlots {
   }
 };
 
-// Note [Stale pointers]: the watch keeps no tensor alive, beyond the gradients of a step that is being taken. At every step it walks the optimizer's param groups and
-// state as they are then, so every tensor that it looks at is alive and is the one that a fresh walk would have found;
-// what it compares (address, dtype, device, shape, strides) is all that the cached records were made from. An object
-// that died and was replaced by another at the same place with the same metadata needs no new record.
+// Note [Stale pointers]: the watch keeps no tensor alive, beyond the gradients of a step that is being taken. At every
+// step it walks the optimizer's param groups and state as they are then, so every tensor that it looks at is alive and
+// is the one that a fresh walk would have found; what it compares (address, dtype, device, shape, strides) is all that
+// the cached records were made from. An object that died and was replaced by another at the same place with the same
+// metadata needs no new record.
 class TensorWatch {
  public:
   // `param_groups`: the optimizer's list of dicts; `state`: its dict of dicts. Remembers both as they are.
