@@ -395,8 +395,11 @@ class Gatherer {
       };
       if (bucket == nullptr || !takes(*bucket)) {
         const auto found = std::find_if(all.buckets.begin(), all.buckets.end(), takes);
-        if (found == all.buckets.end()) all.buckets.push_back({c.device, c.param_dtype, c.grad_dtype, {}, {}, {}, {}, owners_});
-        bucket = found == all.buckets.end() ? &all.buckets.back() : &*found;
+        const auto index = static_cast<size_t>(found - all.buckets.begin());
+        if (index == all.buckets.size()) {
+          all.buckets.push_back({c.device, c.param_dtype, c.grad_dtype, {}, {}, {}, {}, owners_});
+        }
+        bucket = &all.buckets[index];
       }
       bucket->records.push_back(c.record);
       bucket->grads.push_back(c.grad_data);
