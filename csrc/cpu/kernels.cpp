@@ -70,7 +70,9 @@ struct Copy {
     if (kept == 4) take_pieces<4>(from, count, run);
     if (kept == 8) take_pieces<8>(from, count, run);
   }
-  void give(Storage* to, int64_t count) const { std::memcpy(to, elements, static_cast<size_t>(count) * sizeof(Storage)); }
+  void give(Storage* to, int64_t count) const {
+    std::memcpy(to, elements, static_cast<size_t>(count) * sizeof(Storage));
+  }
 
  private:
   // Of a constant size, so that a piece is one move.

@@ -143,48 +143,6 @@ inline uint16_t rounded_to_bfloat16(float value) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Stores past the caches: the line is not fetched first. `to` is aligned to the vector. Other threads may read what was
-// stored once the storing thread has called end_streaming().
-// ---------------------------------------------------------------------------------------------------------------
-
-// The sanitizers do not see these instructions.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define CLARA_STREAMS 0
-#else
-#define CLARA_STREAMS 1
-#endif
-
-inline void stream(FloatVector value, float* to) {
-#if CLARA_STREAMS && defined(__AVX512F__)
-  _mm512_stream_ps(to, bits_as<__m512>(value));
-#elif CLARA_STREAMS && defined(__AVX2__)
-  _mm256_stream_ps(to, bits_as<__m256>(value));
-#elif CLARA_STREAMS && defined(__SSE2__)
-  _mm_stream_ps(to, bits_as<__m128>(value));
-#else
-  write_as(value, to);
-#endif
-}
-
-inline void stream(DoubleVector value, double* to) {
-#if CLARA_STREAMS && defined(__AVX512F__)
-  _mm512_stream_pd(to, bits_as<__m512d>(value));
-#elif CLARA_STREAMS && defined(__AVX2__)
-  _mm256_stream_pd(to, bits_as<__m256d>(value));
-#elif CLARA_STREAMS && defined(__SSE2__)
-  _mm_stream_pd(to, bits_as<__m128d>(value));
-#else
-  write_as(value, to);
-#endif
-}
-
-inline void end_streaming() {
-#if CLARA_STREAMS && defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-// ---------------------------------------------------------------------------------------------------------------
 // load<V>(from), store(vector, to): one vector of elements
 // ---------------------------------------------------------------------------------------------------------------
 

@@ -121,8 +121,8 @@ class Bucket {
 
   void set_memory(Address device_memory) { memory_ = device_memory; }
 
-  // Calls verb(list, where) with the placement of the bucket's back end. Its namespace is the one in which the verbs are
-  // found: measure(list, sums, where) is cpu::measure or cuda::measure.
+  // Calls verb(list, where) with the placement of the bucket's back end. Its namespace is the one in which the verbs
+  // are found: measure(list, sums, where) is cpu::measure or cuda::measure.
   template <typename Verb>
   void run(int threads, Address stream, Verb verb) const {
     if (last_group_ >= list_.group_count) throw std::runtime_error("set_groups comes first, with all groups");

@@ -151,7 +151,8 @@ class Reader {
     parameter_type_ = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("nn").attr("Parameter")).release().ptr());
     py::object capsule = py::getattr(torch.attr("Tensor"), dlpack::kAttribute, py::none());
     if (PyCapsule_CheckExact(capsule.ptr())) {
-      api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.release().ptr(), dlpack::kCapsuleName));
+      void* api = PyCapsule_GetPointer(capsule.release().ptr(), dlpack::kCapsuleName);
+      api_ = static_cast<const dlpack::ExchangeApi*>(api);
       PyErr_Clear();
     }
     while (api_ != nullptr && api_->version.major > dlpack::kMajorVersion) api_ = api_->older_version;
@@ -308,7 +309,8 @@ class Gatherer {
       const py::object params = py::reinterpret_borrow<py::object>(item(group.ptr(), names().params));
       if (!params || !PyList_Check(params.ptr())) throw py::type_error("the params of a group must be a list");
       PyObject* const amsgrad = item(group.ptr(), names().amsgrad);
-      const bool is_amsgrad = amsgrad != nullptr && amsgrad != Py_False && PyObject_IsTrue(amsgrad) > 0;
+      const int is_amsgrad = amsgrad == nullptr ? 0 : PyObject_IsTrue(amsgrad);
+      if (is_amsgrad < 0) throw py::error_already_set();
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
         py::object param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
         py::object grad = owned(PyObject_GetAttr(param.ptr(), names().grad));
@@ -317,7 +319,7 @@ class Gatherer {
         candidate.location = {g, i};
         candidate.param = param.ptr();
         candidate.grad = grad.ptr();
-        candidate.amsgrad = is_amsgrad;
+        candidate.amsgrad = is_amsgrad != 0;
         if (reader.is_plain(param.ptr()) && reader.is_plain(grad.ptr())) {
           candidate.plain_param = param.ptr();
           candidate.plain_grad = grad.ptr();
@@ -330,7 +332,6 @@ class Gatherer {
         candidates_.push_back(candidate);
       }
     }
-    PyErr_Clear();
   }
 
   // Runs no code of anybody's.
@@ -423,7 +424,8 @@ class Gatherer {
 
   bool read(PyObject* values, Candidate* c) {
     View param, grad;
-    if (!Reader::instance().read(c->plain_param, &param) || !Reader::instance().read(c->plain_grad, &grad)) return false;
+    const Reader& reader = Reader::instance();
+    if (!reader.read(c->plain_param, &param) || !reader.read(c->plain_grad, &grad)) return false;
     c->device = param.device;
     c->param_dtype = param.dtype;
     c->grad_dtype = grad.dtype;
@@ -445,7 +447,8 @@ class Gatherer {
     View path;
     if (!read_entry(values, n.path, param, &path) || !read_sample(c->param, param, path, &record)) return false;
     record.path = path.data;
-    return read_scalar(values, n.step, param, &record.step) && read_scalar(values, n.lr_scale, param, &record.lr_scale) &&
+    return read_scalar(values, n.step, param, &record.step) &&
+           read_scalar(values, n.lr_scale, param, &record.lr_scale) &&
            read_moment(values, n.exp_avg, param, &record.exp_avg) &&
            read_moment(values, n.exp_avg_sq, param, &record.exp_avg_sq) &&
            (!c->amsgrad || read_moment(values, n.max_exp_avg_sq, param, &record.max_exp_avg_sq));

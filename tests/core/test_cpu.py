@@ -194,7 +194,8 @@ def step_once(params: list[Parameter], state: State, amsgrad: bool = False, **op
     [
         torch.ones(3, 4), torch.ones(1), torch.ones(()), torch.ones(0, 5), torch.ones(4, 6).t(), torch.ones(2, 1, 3),
         torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(5, dtype=torch.float64),
-        torch.ones(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.float16), torch.ones(6, 4).as_strided((1, 4), (9, 1)),
+        torch.ones(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.float16),
+        torch.ones(6, 4).as_strided((1, 4), (9, 1)),
     ],
 )  # fmt: skip
 def test_dense_tensors_are_regular(value: Tensor) -> None:

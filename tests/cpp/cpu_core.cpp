@@ -79,7 +79,8 @@ void write_exact(char* at, DType dtype, double value) {
     case DType::kBFloat16: half = static_cast<uint16_t>(bits >> 16); break;
     case DType::kFloat16:
       if (value != 0.0) {
-        half = static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 255) - 112) << 10) | ((bits >> 13) & 1023));
+        half = static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 255) - 112) << 10) |
+                                     ((bits >> 13) & 1023));
       }
       break;
   }
@@ -322,7 +323,8 @@ void check_step(const Model& before, const Model& after) {
       if (!close(mu, expected, 1e-5)) return wrong("scale", mu, expected);
     }
     if (c.one_scale && t + 1 == before.sizes.size()) {
-      if (!close(mu, scale(total_path_sq, total_numel), 1e-5)) return wrong("scale", mu, scale(total_path_sq, total_numel));
+      const double expected = scale(total_path_sq, total_numel);
+      if (!close(mu, expected, 1e-5)) return wrong("scale", mu, expected);
     }
 
     for (int64_t i = 0; i < size.numel; ++i) {
@@ -489,7 +491,7 @@ void check_order_free_sum() {
   for (const double value : values) shuffled_sum += to_fixed_point(value, scale);
   expect(sum == shuffled_sum, "the fixed-point sum depends on the order");
   expect(std::fabs(from_fixed_point(sum, scale) - plain) <= 1e-12 * largest, "the fixed-point sum is off");
-  // As many as the count of bits allows, all just below the next power of two; nothing but zeros; norms next to nothing.
+  // As many as the count of bits allows, all just below the next power of two; nothing but zeros; next to nothing.
   for (const double value : {std::nextafter(8.0, 0.0), std::nextafter(1e300, 0.0), 1.0, 0.0, 0x1p-930, 0x1p-990}) {
     for (const int64_t count : {1, 4, 1024, 1025}) {
       const double unit = fixed_point_scale(value, count);
