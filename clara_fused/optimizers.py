@@ -59,15 +59,12 @@ class AdamClara(Constructor, Optimizer):
     def _forget_caches(self) -> None:
         """Drop what was derived from groups, parameters and state; the next step derives it anew."""
         self._options = OptionReader(self.option_names, self.one_scale)
-        self._core = core_buckets.Gatherer()
+        self._core = core_buckets.Gatherer(self.one_scale)
         self._ranks: sharding.RankSums | None = None
-        # Under AdamClaraGlobal the one scale, by device that holds it.
+        # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
         self._scales: dict[torch.device, Tensor] = {}
-        # Initial scales by group (None: of all groups, under AdamClaraGlobal), as the group's first state got them.
-        self._initial_scales: dict[int | None, Tensor] = {}
-        # Scalars (lr_scale, walk, step) of sharded parameters that other ranks have stepped and this one has not: they
-        # have no state here. Under AdamClaraGlobal the one scale, with key None, on a rank that has no state at all.
-        self._stateless: dict[Tensor | None, dict[str, Tensor]] = {}
+        # Initial scales by group (-1: of all groups, under AdamClaraGlobal), as the group's first state got them.
+        self._initial_scales: dict[int, Tensor] = {}
 
     @property
     def process_group(self) -> Any:
@@ -117,28 +114,52 @@ class AdamClara(Constructor, Optimizer):
             sums = [bucket.measure() for bucket in buckets]
             sums = sums if ranks is None else ranks.whole_sums(buckets, sums)
             evidence = [bucket.advance(rows) for bucket, rows in zip(buckets, sums, strict=True)]
-            if self.one_scale:
+            if self.one_scale and (buckets or ranks is not None):
                 total = total_evidence(evidence) if ranks is None else ranks.total(buckets, evidence)
-                adapt_together(total, self._shared_scales().values(), inputs)
-            else:
+                adapt_one_scale(total, self._shared_scales().values(), inputs)
+            elif not self.one_scale:
                 for bucket, rows in zip(buckets, evidence, strict=True):
                     bucket.rescale(rows)
             for bucket in buckets:
                 bucket.update()
-        # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph that
-        # saved a parameter before the step would quietly use the new values.
-        for bucket in buckets:
-            torch.autograd.graph.increment_version(bucket.params)
         return loss
 
     def _begin_step(self) -> tuple[StepInputs, Ranks | None, Sequence[Bucket]]:
         """All checks, and what the step works on; an error is raised on all ranks that share parameters."""
         try:
             inputs = self._read_inputs()
-            self._ranks, inputs = sharding.join(self, inputs)
-            return inputs, self._ranks, self._gather(inputs)
-        except sharding.RanksDisagreeError:
-            raise
+            ranks, inputs = sharding.join(self, inputs)
+            return inputs, ranks, self._gather(inputs)
         except Exception as error:
             sharding.fail_together(self, error)
             raise
+
+    def _read_inputs(self) -> StepInputs:
+        """Read and check everything a step depends on beside the tensors."""
+        options = self._options.read(self.param_groups)
+        lrs = [read_lr(group["lr"], index) for index, group in enumerate(self.param_groups)]
+        amp = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+        # Where no parameter has a gradient the scaler's found_inf is a sum over nothing: the number 0.
+        grad_scale, found_inf = (
+            value if value is None or isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
+            for value in amp
+        )
+        return StepInputs(options, lrs, grad_scale, found_inf, self.one_scale)
+
+    def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
+        """Buckets of all tensors with a gradient: the core's, and PyTorch's of what the core cannot serve or is not to."""
+        buckets, irregular = self._core.gather(self, inputs) if self.fused is not False else ([], None)
+        if irregular is not None and not irregular:
+            return buckets
+        works = self._prepare(inputs, irregular)
+        if irregular is not None:  # what only lacked its state is regular now
+            buckets, irregular = self._core.gather(self, inputs)
+            if irregular and self.fused:
+                self._core.require(self, irregular)
+            works = [works[location] for location in irregular]
+        return [*buckets, *torch_backend.buckets_of(list(works.values()), inputs)]
+
+    def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
+        """Check tensors (None: all) that have a gradient; only then create or complete their state."""
+        works = {}
+        return works

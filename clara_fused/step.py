@@ -113,13 +113,15 @@ class Ranks(Protocol):
         ...
 
     def size(self, group_index: int) -> Tensor:
-        """Float64 [2], `state.size_of` the group's parameters on all ranks; sends nothing."""
+        """Float64 [2], `state.size_of` the whole parameters of a group; sends nothing."""
         ...
 
 
-def adapt_together(total: Tensor, scales: Iterable[Tensor], inputs: StepInputs) -> None:
+def adapt_one_scale(total: Tensor, scales: Iterable[Tensor], inputs: StepInputs) -> None:
     """Let the one scale of AdamClaraGlobal follow the total evidence [6], on every device that holds it."""
     scales = list(scales)
+    if not scales:  # a rank without parameters
+        return
     scale = moved(scales[0], total.device)
     adapted = adaptation.adapted_scales(scale, total, inputs.options[0])
     if inputs.found_inf is not None:
