@@ -300,7 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.cases == ["*"]:
         print()
         for variant in given.variants:
-            still = all(scales == history[0] for history in [scales_over_zeros(variant, fused, **options)] for scales in history)
+            before, *after = scales_over_zeros(variant, fused, **options)
+            still = all(scales == before for scales in after)
             rate, fall = climb(variant, fused, **options), steps_to_fall_tenfold(variant, fused, **options)
             print(
                 f"{variant}: {'rests' if still else '✗ MOVES'} on zero gradients; climbs {100 * (rate - 1):.1f}% a step "

@@ -15,7 +15,7 @@ EACH_FAMILY = [
 
 
 def assert_all_hold(outcomes: list[noise.Outcome]) -> None:
-    failed = [f"{outcome.case.name}: {outcome}, not in {outcome.case.bounds}" for outcome in outcomes if not outcome.holds]
+    failed = [f"{each.case.name}: {each}, not in {each.case.bounds}" for each in outcomes if not each.holds]
     assert not failed, "\n".join(["final scales:", *failed])
 
 
