@@ -459,14 +459,18 @@ def cautious_scale(options: Sequence[Options], groups: Sequence[Sequence[np.ndar
     square_sum = math.fsum(float(np.sum(np.square(p, dtype=np.float64))) for params in groups for p in params)
     count = sum(p.size for params in groups for p in params)
     lr = max(opt.lr for opt in options)
-    if not options[0].adapt_lr or square_sum == 0 or lr == 0:
+    if square_sum == 0 or lr == 0:
         return 1.0
     return min(1.0, 0.01 * math.sqrt(square_sum / count) / lr)
 
 
 def initial_scale(options: Sequence[Options], groups: Sequence[Sequence[np.ndarray]]) -> float:
-    given = options[0].initial_scale
-    return cautious_scale(options, groups) if isinstance(given, str) else float(np.float32(given))
+    own = options[0]
+    if not own.adapt_lr:
+        return 1.0
+    if not isinstance(own.initial_scale, str):
+        return float(np.float32(own.initial_scale))
+    return min(max(cautious_scale(options, groups), own.scale_bounds[0]), own.scale_bounds[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -480,12 +480,10 @@ def test_fused_takes_true_false_none(value: Any, variant: str) -> None:
 # Odd, but right
 
 
-def test_same_parameter_twice_is_refused_as_torch_does(variant: str) -> None:
+def test_same_parameter_in_two_groups_is_refused_as_torch_does(variant: str) -> None:
     (param,) = parameters([(3,)])
     with pytest.raises(ValueError, match="more than one parameter group"):
         VARIANTS[variant]([{"params": [param]}, {"params": [param]}])
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        VARIANTS[variant]([param, param])
 
 
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters")
@@ -504,7 +502,7 @@ def test_same_parameter_twice_in_a_group_is_stepped_twice(adapt_lr: bool, varian
     try:
         mine = run(lambda p: VARIANTS[variant](p, lr=0.1, adapt_lr=adapt_lr, initial_scale=1.0, fused=fused or None))
     except ValueError as error:
-        assert "twice" in str(error) or "duplicate" in str(error)
+        assert "more than once in the group" in str(error)
         return
     if adapt_lr:
         plain = run(lambda p: VARIANTS[variant](p, lr=0.1, initial_scale=1.0, fused=False))

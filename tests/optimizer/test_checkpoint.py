@@ -533,7 +533,7 @@ def test_version_1_checkpoint(reference: Any, variant: str, fused: bool) -> None
     resumed.load_state_dict(through_file(taken))
     group = resumed.param_groups[0]
     assert not {"accumulate", "deferred", "path_dtype"} & set(group)
-    assert group["reference"] == (0.5 if reference == 0.5 else "random_walk")
+    assert group["reference"] == "random_walk"  # numbers of another rule mean nothing
     for old, new in zip(source.state.values(), resumed.state.values(), strict=True):
         for key in ("step", "exp_avg", "exp_avg_sq", "lr_scale"):
             assert torch.equal(old[key], new[key]), key

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VARIANTS, all_params, core_available, parameters, set_gradients, snapshot, train
+from helpers import VARIANTS, all_params, core_available, parameters, set_gradients, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,8 @@ def test_no_step_reads_a_tensor(variant: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps_without_values(variant: str, dtype: torch.dtype, lr_device: str | None) -> None:
     """Meta tensors have no values: whatever reads one raises, and so does what mixes them with tensors of the host."""
-    params = [torch.nn.Parameter(torch.randn(shape, device="meta", dtype=dtype)) for shape in [(5, 3), (), (0,), (64, 1024)]]
+    shapes = [(5, 3), (), (0,), (64, 1024)]
+    params = [torch.nn.Parameter(torch.randn(shape, device="meta", dtype=dtype)) for shape in shapes]
     lr = 0.1 if lr_device is None else torch.tensor(0.1, device=lr_device)
     optimizer = VARIANTS[variant](params, fused=False, lr=lr, amsgrad=True, weight_decay=0.1)
     for step in range(4):
