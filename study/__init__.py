@@ -1,1 +1,1 @@
-"""The learning-rate study: tasks, optimizers, runs, what is measured, figures."""
+"""The learning-rate study: tasks, optimizers, plans of runs, what is measured, whether the targets are met."""

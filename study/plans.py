@@ -1,169 +1,130 @@
-"""Which runs a study makes, the most telling first, so that a study cut short is still a study."""
+"""Which runs the study makes, the most telling first, so that a study cut short is still a study.
+
+A plan gets what is recorded so far: some runs follow from others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
-from .contenders import CONTENDERS, VARIANTS, Contender, variation
+from .contenders import CONTENDERS, OURS, Contender
+from .measures import KINDS, Study, best_single
+from .problem import Task
 from .runs import Run
-from .tasks import TASKS, Task
+from .tasks import LONG_TASKS, MAIN_TASKS, SAMPLED_TASKS, TASKS
 
 DECADES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Between them, where a tuned Adam may lie.
-TUNING_LRS = (3e-4, 3e-3, 3e-2)
+HALF_DECADES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RATES = {
+    **dict.fromkeys(OURS, DECADES),
+    "adam": HALF_DECADES,
+    "adamw-cosine": HALF_DECADES,
+    "prodigy": (0.1, 0.3, 1.0, 3.0, 10.0),  # in units of its own estimate; 1 is its default
+    "schedulefree": HALF_DECADES[2:],
+}
 SEEDS = (0, 1, 2)
-
-OURS = tuple(VARIANTS)
-MAIN = ("adam", *OURS, "prodigy", "adamw-cosine", "schedulefree", "dadaptation")
-PUBLISHED = tuple(f"{variant}-published" for variant in VARIANTS)
-DEFERRED = tuple(f"{variant}-deferred" for variant in VARIANTS)
-MEASURED = tuple(f"{variant}-measured" for variant in VARIANTS)
-CAUTIOUS = tuple(f"{name}-cautious" for name in (*OURS, *MEASURED))
-LOW_START = ("global-measured-low", "local-measured-low")
-
-SLOW_TASKS = (TASKS["gpt-text"],)
-FAST_TASKS = tuple(task for task in TASKS.values() if task not in SLOW_TASKS)
+PEERS = ("prodigy", "schedulefree")
+LARGE_FIRST = MAIN_TASKS[::-1]
+SEARCHED = 40  # configurations of AdamW
+CONFIRMED = 4  # of these, with all seeds
 
 
-def runs_of(tasks: Iterable[Task], names: Iterable[str], lrs: Iterable[float], seed: int) -> list[Run]:
-    return [Run(task, CONTENDERS[name], lr, seed) for name, task, lr in product(names, tasks, lrs)]
-
-
-def full() -> list[Run]:
-    """All tasks, all optimizers, seven decades, three seeds; the slow task after the others of a seed."""
-    extra = (*PUBLISHED, *DEFERRED)
-
-    def main(tasks: Iterable[Task], seed: int) -> list[Run]:
-        return runs_of(tasks, MAIN, DECADES, seed) + runs_of(tasks, ("adam", *OURS), TUNING_LRS, seed)
-
-    runs = main(FAST_TASKS, SEEDS[0]) + main(SLOW_TASKS, SEEDS[0]) + runs_of(FAST_TASKS, extra, DECADES, SEEDS[0])
-    for seed in SEEDS[1:]:
-        runs += main(FAST_TASKS, seed)
-    for seed in SEEDS[1:]:
-        runs += main(SLOW_TASKS, seed) + runs_of(FAST_TASKS, extra, DECADES, seed)
-    return runs + [run for seed in SEEDS for run in runs_of(SLOW_TASKS, extra, DECADES, seed)]
-
-
-QUICK_TASKS = ("logistic-digits", "mlp-wine", "conv-digits", "rosenbrock-noise")
-
-
-def quick() -> list[Run]:
-    """Four small tasks, a third of the steps, one seed, every second decade."""
-    tasks = [replace(TASKS[name], steps=TASKS[name].steps // 3) for name in QUICK_TASKS]
-    return runs_of(tasks, MAIN, DECADES[::2], seed=0)
-
-
-# What is changed in the optimizers of `SWEPT`, one setting at a time or two that belong together. `deferred` is the
-# yardstick: it takes the scale of one step earlier and changes nothing else, so it tells how far apart two settings end
-# that are equally good.
-Changes = tuple[dict[str, Any], ...]
-_DEFERRED: Changes = ({"deferred": True},)
-_SMOOTHING: Changes = ({"smoothing": 0.02}, {"smoothing": 0.1})
-_ALL: Changes = (
-    *_DEFERRED, {"smoothing": 0.01}, *_SMOOTHING, {"initial_scale": 1e-1}, {"initial_scale": 1e-3},
-    {"scale_bounds": (1e-2, 1e2)}, {"scale_bounds": (1e-8, 1e8)},
-)  # fmt: skip
-_AT_ONCE: Changes = (
-    *_ALL, {"damping": 0.5}, {"damping": 1.0}, {"damping": 5.0}, {"damping": 10.0},
-    {"smoothing": 0.02, "damping": 1.0}, {"smoothing": 0.02, "damping": 5.0},
-    {"clip": (0.5, 1.02)}, {"clip": (0.5, 1.1)},
-)  # fmt: skip
-_AVERAGED: Changes = (
-    *_ALL, {"damping": 0.25}, {"damping": 1.0}, {"damping": 2.5},
-    {"smoothing": 0.02, "damping": 0.2}, {"smoothing": 0.02, "damping": 1.0},
-    {"clip": (0.5, 1.2)}, {"clip": (0.5, 1.5)}, {"lr_smoothing": 0.5}, {"lr_smoothing": 0.8}, {"lr_smoothing": 0.95},
-)  # fmt: skip
-_MEASURED_AT_ONCE: Changes = (
-    *_DEFERRED, *_SMOOTHING, {"initial_scale": 1e-3}, {"scale_bounds": (1e-4, 1e4)},
-    {"damping": 0.25}, {"damping": 1.0}, {"clip": (0.5, 1.02)}, {"clip": (0.9, 1.05)},
-)  # fmt: skip
-_MEASURED_AVERAGED: Changes = (
-    *_DEFERRED, *_SMOOTHING, {"initial_scale": 1e-3},
-    {"damping": 0.5, "lr_smoothing": 0.9}, {"damping": 0.1, "lr_smoothing": 0.9},
-)  # fmt: skip
-# What else a training often has.
-_AROUND: Changes = (
-    {"schedule": "cosine"}, {"schedule": "warm-up"}, {"max_grad_norm": 1.0},
-    {"weight_decay": 0.01, "decoupled_weight_decay": True},
-)  # fmt: skip
-SWEPT: dict[str, Changes] = {
-    "global": _AT_ONCE,
-    "local": _AT_ONCE,
-    "smoothed": (*_AVERAGED, *_AROUND),
-    "global-measured": _MEASURED_AT_ONCE,
-    "local-measured": (*_MEASURED_AT_ONCE, *_AROUND),
-    "smoothed-measured": _MEASURED_AVERAGED,
-}
-SWEEP_LRS = (1e-3, 1e-5, 1e-1)
-SWEEP_SEED = SEEDS[0]
-# What the sweep found better than the defaults on small tasks, to be confirmed with all seeds.
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "global": {"damping": 5.0},
-    "smoothed": {"damping": 1.0},
-}
-
-
-def variations(base: str) -> list[Contender]:
-    return [variation(base, **changes) for changes in SWEPT[base]]
-
-
-def sweep() -> list[Run]:
-    """The optimizers of `SWEPT` with one setting changed at a time; unchanged they are in `full` and `measured`."""
+def runs_of(tasks: Iterable[Task], names: Iterable[str], seeds: Iterable[int]) -> list[Run]:
     return [
-        Run(task, contender, lr, SWEEP_SEED)
-        for tasks in (FAST_TASKS, SLOW_TASKS)
-        for base in SWEPT
-        for contender in variations(base)
-        for task, lr in swept_pairs(base)
-        if task in tasks
+        Run(task.name, CONTENDERS[name], lr, seed)
+        for seed, task, name in product(seeds, tasks, names)
+        for lr in RATES[name]
     ]
 
 
-def swept_pairs(base: str) -> list[tuple[Task, float]]:
-    """The tasks and rates of the sweep; the slow task with the defaults alone, and not from a rate that loses it."""
-    slow = SLOW_TASKS if base in OURS else ()
-    return [*product(FAST_TASKS, SWEEP_LRS), *product(slow, (lr for lr in SWEEP_LRS if lr <= 1e-3))]
+def main(_: Study) -> list[Run]:
+    """Ours from seven decades; Adam, and AdamW with warm-up and cosine, from half decades."""
+    return runs_of(LARGE_FIRST, ("local", "adam", "adamw-cosine", "global", "smoothed"), SEEDS)
 
 
-def measured() -> list[Run]:
-    """The measured walk, to be compared with the records of `full`."""
-    return _everywhere(CONTENDERS[name] for name in (*MEASURED, *LOW_START))
+def peers(_: Study) -> list[Run]:
+    return runs_of(LARGE_FIRST, PEERS, SEEDS)
 
 
-def cautious() -> list[Run]:
-    """The cautious start, to be compared with the records of `full` and `measured`."""
-    return _everywhere(CONTENDERS[name] for name in CAUTIOUS)
+def tuned(study: Study) -> list[Run]:
+    """Ours from the rate that is tuned Adam's, where that is no decade."""
+    best = ((task, study.best(task.name, "adam", kind)) for task in LARGE_FIRST for kind in KINDS)
+    pairs = dict.fromkeys((task.name, found[0]) for task, found in best if found and found[0] not in DECADES)
+    return [Run(task, CONTENDERS[name], lr, seed) for seed in SEEDS for task, lr in pairs for name in OURS]
 
 
-def candidates() -> list[Run]:
-    """`CANDIDATES` on the fast tasks, to be compared with the records of `full`; the slow task is in the sweep."""
-    return [run for run in _everywhere(candidate_contenders()) if run.task in FAST_TASKS]
+def configurations(count: int = SEARCHED) -> list[tuple[Contender, float]]:
+    """AdamW with everything that is tuned in practice drawn at random; the rate is a part of it."""
+    draw = random.Random(0)
+    found = []
+    for index in range(count):
+        lr = 10 ** draw.uniform(-3.5, -1.0)
+        options = {
+            "betas": (draw.choice((0.8, 0.9, 0.95)), draw.choice((0.95, 0.99, 0.999))),
+            "weight_decay": draw.choice((0.0, 1e-4, 1e-3, 1e-2, 1e-1)),
+        }
+        warm_up, final = draw.choice((0.0, 0.02, 0.05, 0.1, 0.2)), draw.choice((0.0, 0.1))
+        contender = Contender(f"adamw#{index}", f"AdamW, configuration {index}", "adamw", options, warm_up, final)
+        found.append((contender, float(f"{lr:.2g}")))
+    return found
 
 
-def candidate_contenders() -> list[Contender]:
-    return [variation(base, **changes) for base, changes in CANDIDATES.items()]
-
-
-def _everywhere(contenders: Iterable[Contender]) -> list[Run]:
-    """All tasks from all rates with all seeds, the slow task last."""
-    per_seed = list(product(contenders, (*DECADES, *TUNING_LRS)))
+def single(study: Study) -> list[Run]:
+    """The search for the one configuration of AdamW that does best over all tasks; then its best with all seeds."""
+    drawn = configurations()
+    search = [Run(task.name, contender, lr, SEEDS[0]) for contender, lr in drawn for task in LARGE_FIRST]
+    if any((run.task, run.contender.name, run.lr) not in study.cells for run in search):
+        return search
+    first_seed = Study(r for found in study.cells.values() for r in found if r["seed"] == SEEDS[0])
+    ranked = best_single(first_seed)[:CONFIRMED]
     return [
-        Run(task, contender, lr, seed)
-        for tasks in (FAST_TASKS, SLOW_TASKS)
-        for seed in SEEDS
-        for task in tasks
-        for contender, lr in per_seed
+        Run(task.name, contender, lr, seed)
+        for contender, lr in drawn if contender.name in ranked
+        for seed, task in product(SEEDS[1:], LARGE_FIRST)
+    ]  # fmt: skip
+
+
+def sampling(_: Study) -> list[Run]:
+    """The whole path or a sample of it, with a threshold so low that most tensors are sampled."""
+    contenders = [
+        replace(CONTENDERS[name], name=f"{name},path={text}", label=f"{CONTENDERS[name].label}, path of {text}",
+                options={"path_fraction": fraction}, sampled_from=1024)
+        for name in ("local", "global")
+        for text, fraction in (("1", 1.0), ("1/16", 1 / 16), ("1/64", 1 / 64))
+    ]  # fmt: skip
+    return [
+        Run(task.name, contender, lr, seed)
+        for seed, task, contender, lr in product(SEEDS, SAMPLED_TASKS, contenders, (1e-3, 1e-5))
     ]
 
 
-PLANS = {
-    "full": full,
-    "quick": quick,
-    "sweep": sweep,
-    "candidates": candidates,
-    "measured": measured,
-    "cautious": cautious,
-}
+def long(_: Study) -> list[Run]:
+    """Ten times the steps; Adam from the rates that may be right."""
+    return [
+        Run(task.name, CONTENDERS[name], lr, SEEDS[0])
+        for task in LONG_TASKS
+        for name, rates in (("local", (1e-3, 1e-5)), ("global", (1e-3,)), ("smoothed", (1e-3,)),
+                            ("adam", (3e-4, 1e-3, 3e-3)), ("adamw-cosine", (1e-3, 3e-3, 1e-2)))
+        for lr in rates
+    ]  # fmt: skip
+
+
+QUICK_TASKS = ("words", "mlp-wine", "conv-norm", "temperature", "rosenbrock-noise")
+
+
+def quick(_: Study) -> list[Run]:
+    """Five tasks, a third of the steps, one seed, every second decade."""
+    return [
+        Run(task, CONTENDERS[name], lr, 0, steps=TASKS[task].steps // 3)
+        for task, name in product(QUICK_TASKS, ("adam", "adamw-cosine", *OURS))
+        for lr in (DECADES[::2] if name in OURS else (1e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+    ]
+
+
+PLANS: dict[str, Callable[[Study], list[Run]]] = {
+    "main": main, "tuned": tuned, "single": single, "peers": peers, "sampling": sampling, "long": long, "quick": quick,
+}  # fmt: skip
+FULL = tuple(name for name in PLANS if name != "quick")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .contenders import CONTENDERS
-from .measures import BASELINE, KINDS, Kind, Study, summarize
+from .contenders import CONTENDERS, OURS
+from .measures import BASELINES, KINDS, Kind, Study, best_single
 from .plans import DECADES
-from .runs import read_records
-from .tasks import TASKS
+from .targets import MAIN, ONE_RATE, TARGETS, at_tuned_rate, median, percent
+from .tasks import LONG_TASKS, TASKS
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Table:
 
 
 def label(optimizer: str) -> str:
-    base, *changes = optimizer.split(",")
-    return ", ".join([CONTENDERS[base].label if base in CONTENDERS else base, *changes])
+    return CONTENDERS[optimizer].label if optimizer in CONTENDERS else optimizer
 
 
 def lr_text(lr: float) -> str:
@@ -46,94 +44,104 @@ def lr_text(lr: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def percent(fraction: float | None) -> str:
-    if fraction is None or math.isnan(fraction):
-        return "–"
-    return f"{100 * fraction:+.1f}%" if abs(fraction) < 10 else "> 1000%"
-
-
-def summary_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
-    rows = []
-    for optimizer in optimizers:
-        summary = summarize(study, optimizer, kind, study.tasks)
-        if summary is None:
-            continue
-        rows.append(
-            [
-                label(optimizer),
-                f"{summary.mean_span:.1f}",
-                f"{summary.wide} of {summary.tasks}",
-                percent(summary.median_regret),
-                f"{summary.small_regret} of {summary.regrets}",
-                f"{summary.diverged} of {summary.runs}",
-            ]
-        )
-    header = ["optimizer", "mean span", "span ≥ 6", "median regret", "regret ≤ 1%", "diverged, lr ≤ 1e-2"]
-    return Table(f"by {kind} loss, {len(study.tasks)} tasks", header, rows)
-
-
-def span_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
-    """A line per task: the lr of tuned Adam, and every optimizer's span and regret."""
-    rows = []
-    for task in study.tasks:
-        tuned = study.tuned_baseline(task, kind)
-        cells = []
-        for optimizer in optimizers:
-            m = study.measures(task, optimizer, kind)
-            complete = m is not None and m.decades == len(DECADES)
-            cells.append(f"{m.span} ({percent(m.regret)})" if complete else "–")
-        rows.append([TASKS[task].label, lr_text(tuned[0]) if tuned else "–", *cells])
-    return Table(f"span (regret) by {kind} loss", ["task", "Adam's lr", *map(label, optimizers)], rows)
-
-
-def one_rate_table(study: Study, kind: Kind, optimizers: Sequence[str]) -> Table:
-    """On how many tasks one initial rate, the same for all of them, ends within 10% of each task's tuned Adam."""
-    rows = []
-    for optimizer in optimizers:
-        cells = []
-        for lr in study.decades:
-            known = [study.matches_tuned(task, optimizer, lr, kind) for task in study.tasks]
-            recorded = [matches for matches in known if matches is not None]
-            cells.append(f"{sum(recorded)}" if len(recorded) == len(known) else f"{sum(recorded)} of {len(recorded)}")
-        rows.append([label(optimizer), *cells])
-    title = f"tasks of {len(study.tasks)} that end within 10% of tuned Adam, by {kind} loss"
-    return Table(title, ["optimizer", *map(lr_text, study.decades)], rows)
-
-
-def loss_table(study: Study, task: str, kind: Kind, optimizers: Sequence[str]) -> Table:
-    """Mean over seeds of the final loss, or of the digits gained, from each decade."""
-    digits = TASKS[task].goal == "digits"
-    rows = []
-    for optimizer in optimizers:
-        means = study.means(task, optimizer, kind)
-        if means:
-            values = [means.get(lr, math.nan) for lr in study.decades]
-            rows.append([label(optimizer), *(number(abs(value) if digits else value) for value in values)])
-    what = "digits gained" if digits else f"{kind} loss"
-    return Table(f"{TASKS[task].label}: {what}", ["optimizer", *map(lr_text, study.decades)], rows)
-
-
-def seeds_text(study: Study) -> str:
-    fewest, most = study.seeds()
-    return f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
-
-
 def number(value: float) -> str:
     """Three digits; infinite: not finite at the end of some seed; NaN: not run."""
     return "–" if math.isnan(value) else f"{value:.3g}" if math.isfinite(value) else "∞"
 
 
-def print_report(console: Console, path: Path) -> None:
-    study = Study(read_records(path))
-    if not study.cells:
-        console.print(f"no records in {path}")
-        return
-    optimizers = study.optimizers
+def target_table(study: Study) -> Table:
+    rows = []
+    for target, verdict in TARGETS.items():
+        found = [verdict(study, name) for name in OURS]
+        marks = {True: "✓ ", False: "✗ ", None: ""}
+        rows.append([target, *(f"{marks[each.met]}{each.found}" for each in found)])
+    return Table("targets, at the defaults", ["target", *map(label, OURS)], rows)
+
+
+def one_rate_table(study: Study, kind: Kind) -> Table:
+    """A line per task, by one loss: tuned Adam and AdamW, the best single AdamW, ours from 1e-3; below, the medians."""
+    singles = best_single(study)[:1]
+    rates = {name: next(lr for _, found, lr in study.cells if found == name) for name in singles}
+    columns = [*((name, rates[name]) for name in singles), *((name, ONE_RATE) for name in OURS)]
+    rows = []
+    for task in MAIN:
+        if task not in study.tasks:
+            continue
+        best = study.best(task, "adam", kind)
+        tuned = [study.tuned(task, kind, [name]) for name in BASELINES]
+        regrets = [percent(study.regret(task, name, lr, kind, BASELINES)) for name, lr in columns]
+        own = [percent(at_tuned_rate(study, task, name, kind)) for name in OURS]
+        losses = [number(abs(value)) for value in tuned]
+        rows.append([TASKS[task].label, lr_text(best[0]) if best else "–", *losses, *regrets, *own])
+    medians = [percent(median(study.regret(t, name, lr, kind, BASELINES) for t in MAIN)) for name, lr in columns]
+    own = [percent(median(at_tuned_rate(study, task, name, kind) for task in MAIN)) for name in OURS]
+    rows.append(["median", "", "", "", *medians, *own])
+    header = ["task", "Adam's lr", *map(label, BASELINES), *singles, *(f"{name}, 1e-3" for name in OURS),
+              *(f"{name}, Adam's lr" for name in OURS)]  # fmt: skip
+    return Table(f"{kind} loss (functions: digits gained), and how far above the best of the two", header, rows)
+
+
+def span_table(study: Study, kind: Kind) -> Table:
+    """From how many of the seven decades each of ours ends near tuned Adam, a line per task."""
+    rows = [
+        [TASKS[task].label, *("–" if span is None else str(span) for span in spans)]
+        for task in MAIN
+        if any(spans := [study.span(task, name, kind, DECADES) for name in OURS])
+    ]
+    return Table(f"decades of 7 within 10% of tuned Adam, {kind} loss", ["task", *map(label, OURS)], rows)
+
+
+def peer_table(study: Study, kind: Kind) -> Table:
+    """Every optimizer at its best rate for each task: how far it ends from the best of tuned Adam and AdamW."""
+    rows = []
+    for name in (name for name in CONTENDERS if name in study.optimizers):
+        best = {task: found for task in MAIN if (found := study.best(task, name, kind))}
+        regrets = [study.regret(task, name, lr, kind, BASELINES) for task, (lr, _) in best.items()]
+        known = [regret for regret in regrets if not math.isnan(regret)]
+        close = sum(regret <= 0.1 for regret in known)
+        rows.append([label(name), percent(median(known)), f"{close} of {len(known)}"])
+    return Table(f"each at its best rate per task, {kind} loss", ["optimizer", "median regret", "within 10%"], rows)
+
+
+def sampling_table(study: Study) -> Table:
+    """Validation loss with the whole path and with samples of it; functions of the fraction."""
+    names = [name for name in study.optimizers if ",path=" in name]
+    rows = []
     for task in study.tasks:
-        loss_table(study, task, "validation", optimizers).show(console)
-    for kind in KINDS:
-        # Nothing to say without the baseline; the summary has no rows until an optimizer was run from all decades.
-        for table in (one_rate_table(study, kind, optimizers), summary_table(study, kind, optimizers)):
-            if table.rows and any(study.tuned_baseline(task, kind) for task in study.tasks):
-                table.show(console)
-    console.print(f"{len(study.cells)} settings, {seeds_text(study)} each; baseline: tuned {label(BASELINE)}")
+        for base in dict.fromkeys(name.partition(",")[0] for name in names):
+            for lr in study.rates(task, f"{base},path=1"):
+                whole = study.mean(task, f"{base},path=1", lr, "validation")
+                others = [study.mean(task, f"{base},path={text}", lr, "validation") for text in ("1/16", "1/64")]
+                changes = [percent((value - whole) / whole) for value in others]
+                rows.append([f"{TASKS[task].label}, {base}, from {lr_text(lr)}", number(whole), *changes])
+    return Table("path of a sample, validation loss", ["", "whole path", "1/16", "1/64"], rows)
+
+
+def long_table(study: Study) -> Table:
+    rows = []
+    for task in (task.name for task in LONG_TASKS if task.name in study.tasks):
+        for name in study.optimizers:
+            for lr in study.rates(task, name):
+                losses = [number(study.mean(task, name, lr, kind)) for kind in KINDS]
+                rows.append([f"{TASKS[task].label}, {label(name)}, from {lr_text(lr)}", *losses])
+    return Table("ten times the steps", ["", *(f"{kind} loss" for kind in KINDS)], rows)
+
+
+def coverage(study: Study) -> str:
+    runs = sum(map(len, study.cells.values()))
+    fewest, most = study.seeds()
+    seeds = f"{fewest} to {most}" if fewest != most else f"{most}"
+    seconds = sum(record["seconds"] for found in study.cells.values() for record in found)
+    extent = f"{runs} runs on {len(study.tasks)} tasks, {seeds} seeds, {seconds / 3600:.1f} core hours"
+    return f"Recorded so far: {extent}.\n"
+
+
+def print_report(console: Console, study: Study) -> None:
+    if not study.cells:
+        console.print("nothing is recorded")
+        return
+    tables = [table(study, kind) for kind in KINDS for table in (one_rate_table, span_table, peer_table)]
+    for table in (*tables, sampling_table(study), long_table(study), target_table(study)):
+        if table.rows:
+            table.show(console)
+    console.print(coverage(study))
