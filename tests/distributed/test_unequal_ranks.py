@@ -501,14 +501,14 @@ def test_overflow_changes_nothing(world2: World, variant: str) -> None:
     world2.run(overflow_on_a_sharded_model, variant)
 
 
-def overflow_on_one_rank(variant: str, use_group: bool, deferred: bool, fused: bool) -> None:
+def overflow_on_one_rank(variant: str, use_group: bool, fused: bool) -> None:
     """`found_inf` as a scaler sets it that looks at this rank's gradients only: all skip the step, like one process."""
     mesh = init_device_mesh("cpu", (2,))
     rank = dist.get_rank()
     whole = nn.Parameter(torch.linspace(1.0, 2.0, 6))
     part = whole.detach().chunk(2)[rank].clone()
     param = nn.Parameter(part if use_group else distribute_tensor(whole.detach(), mesh, [Shard(0)]))
-    options = {**LIVELY, "deferred": deferred, "fused": fused}
+    options = {**LIVELY, "fused": fused}
     optimizer = VARIANTS[variant]([param], **options, process_group=dist.group.WORLD if use_group else None)
     alone = VARIANTS[variant]([whole], **options)
     for step in range(6):
@@ -529,15 +529,14 @@ def overflow_on_one_rank(variant: str, use_group: bool, deferred: bool, fused: b
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
 @pytest.mark.parametrize("use_group", [False, True], ids=["dtensor", "process_group"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_overflow_on_one_rank_skips_the_step_on_all(
-    world2: World, variant: str, use_group: bool, deferred: bool, fused: bool
+    world2: World, variant: str, use_group: bool, fused: bool
 ) -> None:
     if fused and (reason := why_not_core("cpu", torch.float32)):
         pytest.skip(reason)
-    world2.run(overflow_on_one_rank, variant, use_group, deferred, fused)
+    world2.run(overflow_on_one_rank, variant, use_group, fused)
 
 
 def scaled_training(variant: str, fused_amp: bool) -> float:
