@@ -107,7 +107,7 @@ class Contender:
         if self.sampled_from is None:
             yield
             return
-        with mock.patch("clara_fused.state.SAMPLED_FROM", self.sampled_from):
+        with mock.patch("clara_fused.state._MIN_SAMPLED", self.sampled_from):
             yield
 
 

@@ -99,7 +99,7 @@ def grid(count: int, columns: int, width: float, height: float) -> tuple[Figure,
 
 def draw_losses(study: Study) -> Figure | None:
     """Final loss over the initial rate, a panel per task; bands from the best to the worst seed. None: no records."""
-    tasks = [task for task in MAIN if task in study.tasks]
+    tasks = [task for task in MAIN if any(study.rates(task, name) for name in STYLES)]
     if not tasks:
         return None
     figure, panels = grid(len(tasks), 4, 3.5, 2.6)
@@ -136,7 +136,7 @@ def draw_task(axes: Axes, study: Study, task: str) -> None:
 
 def draw_trajectories(study: Study, optimizers: Sequence[str] = tuple(OURS)) -> Figure | None:
     """The median effective rate over the steps, a column per optimizer, a color per initial rate; the first seed."""
-    tasks = [task for task in TRAJECTORY_TASKS if task in study.tasks]
+    tasks = [task for task in TRAJECTORY_TASKS if any(study.rates(task, name) for name in optimizers)]
     if not tasks:
         return None
     figure, panels = grid(len(tasks) * len(optimizers), len(optimizers), 4.2, 2.4)
@@ -146,7 +146,8 @@ def draw_trajectories(study: Study, optimizers: Sequence[str] = tuple(OURS)) -> 
             for record in study.cells.get((task, optimizer, lr), ())[:1]:
                 snapshots = record["snapshots"]
                 axes.plot(snapshots["step"], snapshots["lr_median"], color=colors(index / len(DECADES)), linewidth=1.4)
-        axes.set_yscale("log")
+        if axes.lines:
+            axes.set_yscale("log")
         axes.set_title(f"{label(optimizer)}, {TASKS[task].label}", fontsize=9)
     figure.supxlabel("step")
     figure.supylabel("effective learning rate, median over tensors")

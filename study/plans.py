@@ -91,7 +91,7 @@ def sampling(_: Study) -> list[Run]:
     """The whole path or a sample of it, with a threshold so low that most tensors are sampled."""
     contenders = [
         replace(CONTENDERS[name], name=f"{name},path={text}", label=f"{CONTENDERS[name].label}, path of {text}",
-                options={"path_fraction": fraction}, sampled_from=1024)
+                options={"path_fraction": fraction, "fused": False}, sampled_from=1024)
         for name in ("local", "global")
         for text, fraction in (("1", 1.0), ("1/16", 1 / 16), ("1/64", 1 / 64))
     ]  # fmt: skip

@@ -197,7 +197,7 @@ def test_the_words_are_many_and_most_are_rare() -> None:
 def test_each_token_goes_to_one_expert_and_a_starving_one_gets_none(always_run: bool) -> None:
     torch.manual_seed(0)
     layer = language_tasks.Experts(8, experts=4, hidden=5, always_run=always_run)
-    x = torch.randn(3, 7, 8)
+    x = torch.randn(10, 20, 8)
     gates = layer.router(x).softmax(-1)
     gate, chosen = gates.max(-1)
     expected = torch.stack([layer.experts[i](row) for i, row in zip(chosen.flatten(), x.view(-1, 8), strict=True)])
@@ -256,9 +256,9 @@ def test_the_schedule_warms_up_and_ends_where_it_should() -> None:
 @pytest.mark.parametrize("name", list(CONTENDERS))
 def test_every_contender_takes_steps(name: str) -> None:
     pytest.importorskip(contenders.OPTIMIZERS[CONTENDERS[name].optimizer][0])
-    found = runs.perform(short_run("logistic-iris", name, lr=1e-2, steps=20))
+    found = runs.perform(short_run("logistic-iris", name, lr=1.0 if name == "prodigy" else 1e-2, steps=20))
     assert found["training_loss"] < found["initial_training_loss"]
-    assert all(rate > 0 for rate in found["snapshots"]["lr_median"])
+    assert all(rate > 0 for rate in found["snapshots"]["lr_median"][:-1])  # a cosine's last is 0
 
 
 # --- measures and targets --------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_the_best_single_configuration_is_near_the_best_on_most_tasks() -> None:
 
 @pytest.fixture(scope="module")
 def small_study() -> measures.Study:
-    made = [runs.perform(short_run("mlp-digits", name, lr)) for name in ("adam", "local") for lr in (1e-3, 1.0)]
+    made = [runs.perform(short_run("conv-digits", name, lr, steps=4)) for name in ("adam", "local") for lr in (1e-3, 1.0)]
     sampled = [record("words", f"local,path={text}", loss=loss) for text, loss in (("1", 1.0), ("1/16", 1.01))]
     return measures.Study([*made, *sampled, record("gpt-text-long", "adam")])
 
