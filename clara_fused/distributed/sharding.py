@@ -149,9 +149,7 @@ class RankSums:
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
         self._routes: list[_Route | None] = [None] * len(self._collectives)
         self._shares: tuple[list[Location], Tensor] | None = None
-        self._sizes: Tensor | None = None
-        if any(options.initial_scale == 0.0 for options in inputs.options):
-            self._sizes = self._whole_sizes(len(inputs.options))
+        self._sizes = self._whole_sizes(len(inputs.options))
 
     @property
     def _all_collectives(self) -> list[Collective]:
@@ -171,7 +169,6 @@ class RankSums:
 
         As they were when this was made: a rank cannot know when others create their first state of a group.
         """
-        assert self._sizes is not None, "made without a need for sizes"
         return self._sizes[group_index]
 
     # --- what is learned from the other ranks, once ---
@@ -328,7 +325,8 @@ class RankSums:
         if self._total is None:
             return adaptation.total_evidence(parts) if parts else none
         if parts and self._collectives:
-            parts = [torch.cat(parts) * self._shares_of([x for each in (*buckets, *self._absent) for x in each.locations])]
+            locations = [location for each in (*buckets, *self._absent) for location in each.locations]
+            parts = [torch.cat(parts) * self._shares_of(locations)]
         own = adaptation.total_evidence(parts) if parts else none
         total = self._received(self._total, *self._send(self._total, own))
         self._watch.raise_or_defer()
@@ -398,7 +396,7 @@ def _agreed_collectives(
         collectives = merged(collectives, [m for m in placed if m.mesh is None and total is None])
     meshes = [each.mesh for each in collectives]
     for each in [*collectives, *(each for each in per_mesh if each.mesh not in meshes)]:
-        # Under process_group AdamClaraGlobal lets each rank have other parameters, and so the common ones in other places.
+        # Under process_group AdamClaraGlobal lets each rank have others, and so the common ones in other places.
         members = () if each is total else each.members
         compare_ranks(each, [*hyperparameters, *describe_members(members, by_place=total is None)])
     summed = [each for each in collectives if len(each.ranks) > 1 and each.members]
@@ -433,10 +431,11 @@ def _concatenated(sums: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]]) -> Tensor:
-    """`size_of` this rank's parts of some parameters, by group, float64 [groups, 2] on the CPU."""
+    """`size_of` this rank's parts of those parameters that are trained, by group, float64 [groups, 2] on the CPU."""
     by_group: dict[tuple[int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
+        if param.requires_grad or param.grad is not None:
+            by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
     sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
     for (group_index, weight), parts in by_group.items():
         sizes[group_index] += weight * size_of(parts).cpu()

@@ -53,14 +53,14 @@ def collectives_of_a_step(layout: str, variant: str) -> tuple[list[tuple[tuple[i
     return sent, {str(op): count for op, count in counter.get_comm_counts().items()}
 
 
-# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each under Local and under Global, and
-# whether Global sums its totals once more. The model has 9 parameters, of which tensor parallelism places 4 on its mesh.
+# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each under Local, and under Global, and
+# whether Global sums its totals as well. The model has 9 parameters; tensor parallelism places 4 of them on its mesh.
 ALL = (0, 1, 2, 3)
 Sums = list[tuple[tuple[int, ...], int]]
 EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
     "fsdp2-4": ([(ALL, 9)], [(ALL, 9)], False),
     "hsdp-2x2": ([((0, 1), 9)], [((0, 1), 9)], False),  # mesh [[0, 1], [2, 3]]: never over the replicas
-    "tp-2": ([((0, 1), 4)], [((0, 1), 9)], False),  # Global: copies as well, so that the one scale is one to the last bit
+    "tp-2": ([((0, 1), 4)], [((0, 1), 9)], False),  # Global: copies as well, for the scale's last bit
     # Two meshes: data x tensor parallel for 4 parameters, data parallel alone (ranks 0 and 2) for 5.
     "fsdp2-tp-2x2": ([(ALL, 4), ((0, 2), 5)], [(ALL, 9)], False),
     "fsdp1-4": ([(ALL, 9)], [], True),

@@ -21,6 +21,7 @@ from sharded_models import (
     make_model,
     scales_by_name,
 )
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,6 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+from clara_fused.state import WALK
 
 BEFORE, AFTER = 5, 4
 FORMS: dict[str, StateDictOptions] = {
@@ -152,9 +155,9 @@ def through_memory(layout: str, variant: str, form: str) -> None:
     train(second, BEFORE, AFTER)
     assert_same(outcome(second), outcome(first), bitwise=True)
     for param, entry in second.optimizer.state.items():
-        assert entry["step"].shape == entry["lr_scale"].shape == ()
-        assert not isinstance(entry["step"], DTensor)
-        assert not isinstance(entry["lr_scale"], DTensor)
+        for name in ("step", "lr_scale", *WALK):
+            assert entry[name].shape == ()
+            assert not isinstance(entry[name], DTensor)
         for name in ("exp_avg", "exp_avg_sq", "path"):
             assert type(entry[name]) is (DTensor if isinstance(param, DTensor) else torch.Tensor)
             if isinstance(param, DTensor):
@@ -246,3 +249,42 @@ def zero1_state_dict() -> None:
 
 def test_zero1_state_dict(world2: World) -> None:
     world2.run(zero1_state_dict)
+
+
+# --- checkpoints of other optimizers ---------------------------------------------------------------------------------
+
+
+def of_adamw(layout: str, folder: str) -> None:
+    """Train with torch.optim.AdamW, save, load into ours: what AdamW lacks is missing in the checkpoint."""
+    sharded = LAYOUTS[layout][1](make_model(), functools.partial(torch.optim.AdamW, lr=0.02))
+    train(sharded, 0, BEFORE)
+    state = {
+        "model": get_model_state_dict(sharded.model),
+        "optimizer": get_optimizer_state_dict(sharded.model, sharded.optimizer),
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+    ours = LAYOUTS[layout][1](
+        make_model(seed=4), functools.partial(VARIANTS["Local"], lr=0.02, decoupled_weight_decay=True)
+    )
+    state = {
+        "model": get_model_state_dict(ours.model),
+        "optimizer": get_optimizer_state_dict(ours.model, ours.optimizer),
+    }
+    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_model_state_dict(ours.model, state["model"])
+    set_optimizer_state_dict(ours.model, ours.optimizer, state["optimizer"])
+    for param, other in zip(ours.model.parameters(), sharded.model.parameters(), strict=True):
+        entry, expected = ours.optimizer.state[param], sharded.optimizer.state[other]
+        assert entry["step"].item() == BEFORE
+        assert entry["lr_scale"].item() == 1.0  # it has been trained at this rate
+        moments = [(entry[name], expected[name]) for name in ("exp_avg", "exp_avg_sq")]
+        for got, want in moments:
+            assert torch.equal(got.to_local(), want.to_local())
+        assert not entry["path"].to_local().any()
+    train(ours, BEFORE, AFTER)
+    assert all(0.5 < scale < 2.0 for scale in scales_by_name(ours).values())
+
+
+def test_adamw_checkpoint_through_dcp(world2: World, tmp_path: Path) -> None:
+    world2.run(of_adamw, "fsdp2-2", str(tmp_path / "checkpoint"))
