@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import state, tensors, torch_backend
+from .adaptation import total_evidence
 from .core import buckets as core_buckets
-from .distributed import sharding
+from .core import loading
+from .distributed import dtensors, sharding
 from .options import (
     OPTIONS,
     Constructor,
+    GroupOptions,
     OptionReader,
     SmoothedConstructor,
     check_switches,
     drop_switches,
+    largest_lr,
     read_lr,
 )
-from .step import Bucket, Location, Ranks, StepInputs, TensorWork, adapt_together, moved
-from .adaptation import total_evidence
+from .step import Bucket, Location, Ranks, StepInputs, TensorWork, adapt_one_scale, moved
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
@@ -61,9 +64,10 @@ class AdamClara(Constructor, Optimizer):
         self._options = OptionReader(self.option_names, self.one_scale)
         self._core = core_buckets.Gatherer(self.one_scale)
         self._ranks: sharding.RankSums | None = None
+        self._shards_are_checked = False
         # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
         self._scales: dict[torch.device, Tensor] = {}
-        # Initial scales by group (-1: of all groups, under AdamClaraGlobal), as the group's first state got them.
+        # Initial scales by group (AdamClaraGlobal: in place 0), as the group's first state got them.
         self._initial_scales: dict[int, Tensor] = {}
 
     @property
@@ -127,12 +131,20 @@ class AdamClara(Constructor, Optimizer):
     def _begin_step(self) -> tuple[StepInputs, Ranks | None, Sequence[Bucket]]:
         """All checks, and what the step works on; an error is raised on all ranks that share parameters."""
         try:
+            self._check_shards()
             inputs = self._read_inputs()
             ranks, inputs = sharding.join(self, inputs)
             return inputs, ranks, self._gather(inputs)
         except Exception as error:
             sharding.fail_together(self, error)
             raise
+
+    def _check_shards(self) -> None:
+        """Refuse parameters that are shards of nobody knows what; once."""
+        if not self._shards_are_checked:
+            for location, param in self._located(None):
+                sharding.check_shards(param, *location, self.process_group, self.one_scale)
+            self._shards_are_checked = True
 
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
@@ -147,19 +159,266 @@ class AdamClara(Constructor, Optimizer):
         return StepInputs(options, lrs, grad_scale, found_inf, self.one_scale)
 
     def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
-        """Buckets of all tensors with a gradient: the core's, and PyTorch's of what the core cannot serve or is not to."""
-        buckets, irregular = self._core.gather(self, inputs) if self.fused is not False else ([], None)
+        """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
+        if self.fused is False:
+            return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
+        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
         if irregular is not None and not irregular:
             return buckets
         works = self._prepare(inputs, irregular)
         if irregular is not None:  # what only lacked its state is regular now
-            buckets, irregular = self._core.gather(self, inputs)
-            if irregular and self.fused:
-                self._core.require(self, irregular)
-            works = [works[location] for location in irregular]
+            buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
+            works = {location: works[location] for location in irregular or ()}
+            if works and self.fused:
+                location, work = next(iter(works.items()))
+                raise RuntimeError(f"{tensors.describe(*location, work.param)}: fused=True: {_IRREGULAR}")
         return [*buckets, *torch_backend.buckets_of(list(works.values()), inputs)]
 
     def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
         """Check tensors (None: all) that have a gradient; only then create or complete their state."""
-        works = {}
-        return works
+        found: list[tuple[Location, Tensor, bool]] = []
+        capturing = loading.is_capturing()
+        for location, param in self._located(locations):
+            grad = param.grad
+            if grad is None:
+                continue
+            tensors.check(param, grad, *location)
+            entry = self.state.get(param, {})  # reading self.state[param] would create an empty entry
+            complete = state.is_complete(entry, param, inputs.options[location.group_index].amsgrad)
+            if not complete:
+                state.check(entry, param, *location)
+                if capturing:
+                    raise RuntimeError(f"{tensors.describe(*location, param)}: {_NO_STATE_IN_A_GRAPH}")
+            if self.fused:
+                loading.require(param, grad, *location)
+            found.append((location, param, complete))
+        for location, _, complete in found:
+            if not complete:
+                self._create_state(location)
+        if self.one_scale:
+            self._scales = {}
+            self._shared_scales()
+        return {
+            location: dtensors.local_work(location, param, cast(Tensor, param.grad), self.state[param])
+            for location, param, _ in found
+        }
+
+    def _located(self, locations: Iterable[Location] | None) -> Iterator[tuple[Location, Tensor]]:
+        groups = [group["params"] for group in self.param_groups]
+        if locations is None:
+            locations = (Location(g, p) for g, params in enumerate(groups) for p in range(len(params)))
+        return ((location, groups[location[0]][location[1]]) for location in locations)
+
+    def _create_state(self, location: Location) -> dict[str, Any]:
+        """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
+        group_index, param_index = location
+        param = self.param_groups[group_index]["params"][param_index]
+        options = self._options.read(self.param_groups)
+        entry: dict[str, Any] = self.state[param]
+        if "exp_avg" in entry and not (self.one_scale and self._shared_scales()):
+            scale: float | Tensor = state.trained_scale(options[group_index])
+        else:
+            scale = self._initial_scale(group_index, options)
+        state.complete(entry, param, options[group_index], scale, self.process_group is not None)
+        self._scales = {}
+        return entry
+
+    # --- scales ---
+
+    def _param_states(self) -> Iterator[dict[str, Any]]:
+        """The states of parameters; torch.optim lets a user keep anything else beside them."""
+        return (entry for param, entry in self.state.items() if isinstance(param, Tensor))
+
+    def _shared_scales(self) -> dict[torch.device, Tensor]:
+        """The one scale of AdamClaraGlobal, by device; all states of a device hold the same tensor."""
+        if not self._scales:
+            self._scales = state.shared_scales(self._param_states())
+        return self._scales
+
+    def _initial_scale(self, group_index: int, options: Sequence[GroupOptions]) -> float | Tensor:
+        """mu of a parameter that was never stepped; found on the device, without waiting for it."""
+        if self.one_scale and (shared := self._shared_scales()):
+            return next(iter(shared.values()))
+        own = options[group_index]
+        if not own.adapt_lr or own.initial_scale:
+            return own.initial_scale if own.adapt_lr else 1.0
+        groups = range(len(self.param_groups)) if self.one_scale else [group_index]
+        if groups[0] not in self._initial_scales:
+            sizes = [self._size(index) for index in groups]
+            size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
+            lr = largest_lr([read_lr(self.param_groups[index]["lr"], index) for index in groups], size.device)
+            self._initial_scales[groups[0]] = state.cautious_scale(size, lr, own)
+        return self._initial_scales[groups[0]]
+
+    def _size(self, group_index: int) -> Tensor:
+        if self._ranks is not None:
+            return self._ranks.size(group_index)
+        return state.size_of_group(self.param_groups[group_index]["params"])
+
+    @torch.no_grad()
+    def lr_scales(self) -> list[Tensor]:
+        """The learning-rate scale mu of every parameter.
+
+        Returns:
+            per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy. A
+            parameter that was never stepped has the scale that it would start with (1 where only other ranks know).
+        """
+        options = self._options.read(self.param_groups)
+        known = dict(self._initial_scales)
+        scales = [self._group_scales(index, group["params"], options) for index, group in enumerate(self.param_groups)]
+        self._initial_scales = known  # they are settled by the first step, not by looking
+        return scales
+
+    def _group_scales(self, index: int, params: Sequence[Tensor], options: Sequence[GroupOptions]) -> Tensor:
+        device = params[0].device if params else torch.device("cpu")
+        scales = []
+        initial: float | Tensor | None = None
+        for param in params:
+            scale = self.state.get(param, {}).get("lr_scale")
+            if scale is None:
+                if initial is None:
+                    initial = 1.0
+                    if self._ranks is not None or not sharding.needs_sums(self.param_groups, self.process_group):
+                        initial = self._initial_scale(index, options)
+                scale = initial
+            if not isinstance(scale, Tensor):
+                scale = torch.full((), scale, dtype=torch.float32, device=device)
+            scales.append(moved(scale, device))
+        return torch.stack(scales) if scales else torch.empty(0, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def effective_lrs(self) -> list[Tensor]:
+        """The learning rate in force, lr * mu, of every parameter.
+
+        Does not wait for the device, so it can be called at every step; read the values later, or seldom.
+
+        Returns:
+            as `lr_scales`: per param group a float32 tensor [number of parameters]; later steps do not change it.
+        """
+        effective = []
+        for index, (group, scales) in enumerate(zip(self.param_groups, self.lr_scales(), strict=True)):
+            lr = read_lr(group["lr"], index)
+            lr = moved(lr, scales.device).reshape(()).to(torch.float32) if isinstance(lr, Tensor) else lr
+            effective.append(scales * lr)
+        return effective
+
+    # --- groups, saving and loading ---
+
+    def enable_fused_amp(self, enabled: bool = True) -> None:
+        """Let a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer.
+
+        Saves a pass over the gradients and the scaler's host synchronization. Off by default: frameworks that watch
+        for skipped steps would not see them.
+        """
+        self._step_supports_amp_scaling = enabled
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError, TypeError: bad options or parameters; the group is not added then.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            drop_switches(group, index)
+            self._options.read_group(group, index)
+            read_lr(group["lr"], index)
+            if len(set(map(id, group["params"]))) < len(group["params"]):
+                raise ValueError(f"param group {index}: a parameter appears more than once in the group")
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._options.normalize(group)
+        self._shards_are_checked = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``; no two entries share memory."""
+        result = super().state_dict()
+        if self.one_scale:
+            result["state"] = {
+                key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
+                for key, entry in result["state"].items()
+            }
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer, of its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
+
+        Dtypes are kept bit for bit; tensors are copied, also when ``state_dict`` holds the live ones of another
+        optimizer. What another Adam lacks starts fresh: ``path`` at zeros, ``lr_scale`` at 1 (or a number given as
+        ``initial_scale``), options as this optimizer has them.
+
+        Raises:
+            ValueError: groups or shapes do not match; nothing has been changed then.
+        """
+        # Registered here, so it runs after the user's hooks.
+        handle = self.register_load_state_dict_pre_hook(lambda _, final_state_dict: state.shield(final_state_dict))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in _PERSISTENT_ATTRIBUTES}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, new: dict[str, Any]) -> None:
+        """Restore from a pickle (all attributes) or from ``load_state_dict`` (state and param groups)."""
+        new = dict(new)
+        groups = new["param_groups"]
+        reader = OptionReader(self.option_names, self.one_scale)
+        templates = self.param_groups if hasattr(self, "param_groups") else [new["defaults"]] * len(groups)
+        group_steps = [group.get("step") for group in groups]
+        for group, template in zip(groups, templates, strict=True):
+            state.adopt_group(group, template, self.option_names)
+            reader.normalize(group)
+        options = reader.read(groups)
+        all_elements = getattr(self, "_process_group", new.get("_process_group")).group is not None
+        for group_index, group in enumerate(groups):
+            for param_index, param in enumerate(group["params"]):
+                entry = new["state"].get(param)
+                if entry and any(isinstance(value, state.Verbatim) for value in entry.values()):
+                    new["state"][param] = state.adopt(
+                        entry, param, options[group_index], group_steps[group_index], (group_index, param_index), all_elements
+                    )
+        super().__setstate__(new)
+        self._forget_caches()
+        if self.one_scale:
+            self._shared_scales()
+
+
+_NO_STATE_IN_A_GRAPH = (
+    "a CUDA graph is being captured, and the parameter has no state yet, which every replay would create anew; take "
+    "one or more steps before the capture"
+)
+
+_IRREGULAR = "the compiled core does not serve parameters that share memory with another one; use fused=None or fused=False"
+
+
+def _has_scale(entry: object) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("lr_scale"), Tensor)
+
+
+class AdamClaraGlobal(AdamClara):
+    """Adam with one learning-rate scale for all parameters of all groups: the most stable; for large models.
+
+    The options that decide on the scale (``initial_scale, smoothing, damping, clip, reference, scale_bounds,
+    adapt_lr``) must be equal in all groups.
+    """
+
+    one_scale = True
+
+
+class AdamClaraLocal(AdamClara):
+    """Adam with one learning-rate scale per parameter tensor: the fastest to react; small models, experiments."""
+
+
+class AdamClaraSmoothed(SmoothedConstructor, AdamClara):
+    """Adam with one smoothed learning-rate scale per parameter tensor: balanced, the general-purpose choice.
+
+    The scale is a moving average of what the factor asks for: mu <- b mu + (1 - b) mu f, with b = ``lr_smoothing``.
+    """
+
+    option_names = tuple(OPTIONS)

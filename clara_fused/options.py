@@ -377,6 +377,16 @@ def read_lr(lr: Any, index: int) -> float | Tensor:
     return number
 
 
+def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:
+    """The largest of checked learning rates; a 0-dim float64 tensor on `device` where only devices know them."""
+    numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
+    if len(numbers) == len(lrs):
+        return max(numbers)
+    on_device = [lr.to(device, non_blocking=True).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
+    largest = torch.stack([lr.to(torch.float32) for lr in on_device]).max()
+    return largest.clamp(min=max(numbers)) if numbers else largest
+
+
 # --- torch.optim's switches ------------------------------------------------------------------------------------------
 
 _ADVICE = {

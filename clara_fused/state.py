@@ -312,13 +312,33 @@ def shield(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": shielded}
 
 
+# Entries of param groups that other optimizers write into checkpoints: torch's switches, apex's count of steps.
+_FOREIGN = ("foreach", "capturable", "differentiable", "fused", "bias_correction", "step")
+# Of version 1 of these optimizers, whose rule was another one: the numbers of its rule mean nothing here.
+_VERSION_1 = ("deferred", "path_dtype", "accumulate")
+_RULE_OF_VERSION_1 = ("smoothing", "damping", "reference", "clip", "lr_smoothing", "initial_scale", "scale_bounds")
+
+
+def adopt_group(group: dict[str, Any], template: Mapping[str, Any], option_names: Iterable[str]) -> None:
+    """Give a loaded param group the options of this optimizer: those it lacks as `template` has them."""
+    if "smoothing" not in group:  # not from one of these optimizers
+        dropped: tuple[str, ...] = _FOREIGN
+    elif _VERSION_1[0] in group:
+        dropped = (*_VERSION_1, *_RULE_OF_VERSION_1)
+    else:
+        dropped = ()
+    for name in dropped:
+        group.pop(name, None)
+    for name in option_names:
+        group.setdefault(name, template[name])
+
+
 def adopt(
     entry: Mapping[str, Any],
     param: Tensor,
     options: GroupOptions,
     group_step: Any,
-    group_index: int,
-    param_index: int,
+    location: tuple[int, int],
     all_elements: bool,
 ) -> dict[str, Any]:
     """Turn one parameter's loaded state into state of its own: own memory, the parameter's layout, exact dtypes.
@@ -346,17 +366,17 @@ def adopt(
     path = own.pop("path", None)
     for name in ("step", *MOMENTS[:2]):
         own.setdefault(name, None)
-    check(own, param, group_index, param_index)
+    check(own, param, *location)
     loaded = {name: _own_copy(value, param, name) for name, value in own.items()}
     if path is not None and all(name in own for name in WALK):
         path = _adopted_path(path, param, options, all_elements)
         if path is not None:
             loaded["path"] = path
-    complete(loaded, param, options, initial_scale_of_trained(options), all_elements)
+    complete(loaded, param, options, trained_scale(options), all_elements)
     return {**others, **loaded}
 
 
-def initial_scale_of_trained(options: GroupOptions) -> float:
+def trained_scale(options: GroupOptions) -> float:
     """mu of a parameter that another optimizer has trained at this rate."""
     return options.initial_scale if options.initial_scale and options.adapt_lr else 1.0
 

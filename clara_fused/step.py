@@ -68,11 +68,6 @@ class Bucket(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    @property
-    def params(self) -> Sequence[Tensor]:
-        """The parameters as the user has them, for autograd's version counters."""
-        ...
-
     def measure(self) -> Tensor:
         """Write the path. Returns float64 [n, 5] on `device`, columns of `adaptation.PathSums`; this rank's part."""
         ...

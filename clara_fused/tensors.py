@@ -124,6 +124,14 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def have_equal_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether the elements of two tensors of equal shape lie in memory in the same order, by strides."""
+    return first.numel() <= 1 or all(
+        size == 1 or mine == other
+        for size, mine, other in zip(first.shape, first.stride(), second.stride(), strict=True)
+    )
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether only the tensor's class knows what operations do with it, and where its elements are (quantized, say)."""
     return type(local(tensor)).__torch_dispatch__ is not Tensor.__torch_dispatch__
