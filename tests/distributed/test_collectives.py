@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 import clara_fused
-from clara_fused.distributed import placement
+from clara_fused.distributed import collectives
 
 CHECKSUM_BYTES = 32 * 8
 ROW_BYTES = 5 * 8  # of adaptation.PathSums
@@ -184,10 +184,10 @@ def test_meshes_side_by_side_do_not_mix(world4: World, variant: str) -> None:
 def groups_over_several_dimensions() -> tuple[list[int], bool]:
     """A group for a mesh that is neither one dimension nor the world, as 2-D meshes in a larger world need it."""
     ranks = (0, 1) if dist.get_rank() < 2 else (2, 3)
-    group = placement.group_of(ranks)
+    group = collectives.group_of(ranks)
     rank = torch.tensor([dist.get_rank()])
     dist.all_reduce(rank, group=group)
-    return rank.tolist(), placement.group_of(ranks) is group and placement.group_of((0, 1, 2, 3)) is dist.group.WORLD
+    return rank.tolist(), collectives.group_of(ranks) is group and collectives.group_of((0, 1, 2, 3)) is dist.group.WORLD
 
 
 def test_groups_over_several_dimensions_are_made_once(world4: World) -> None:
