@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..step import Location
 from .dtensors import is_dtensor
@@ -57,7 +58,13 @@ def check_process_group(group: object) -> None:
 
 def needs_sums(param_groups: ParamGroups, process_group: ProcessGroup | None) -> bool:
     """Whether some parameter may be spread over several ranks."""
-    return process_group is not None or any(is_dtensor(param) for _, param in located(param_groups))
+    if process_group is not None:
+        return True
+    for group in param_groups:
+        for param in group["params"]:
+            if type(param) is not Parameter and is_dtensor(param):  # asked at every step: the first is quick
+                return True
+    return False
 
 
 def located(param_groups: ParamGroups) -> Iterator[tuple[Location, Tensor]]:

@@ -4,16 +4,16 @@ What `measure` leaves are plain sums over elements, so those of a sharded tensor
 ranks that hold them. `RankSums` adds them up with one collective per mesh and step. From there on all ranks compute the
 same: the walk, the evidence and the scale of a tensor are the whole tensor's on every rank.
 
-Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums tensor
-by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of them. Their
-walks are those of what is here; a walk is linear in the sums, so the total is exact all the same.
+Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums
+tensor by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of
+them. Their walks are those of what is here; a walk is linear in the sums, so the total is exact all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -263,14 +263,13 @@ class RankSums:
             rows[route.rows] = moved(own[route.sources], collective.device) * route.weights
             sent.append((collective, route, *self._send(collective, rows)))
         whole = own.clone()
-        absent: dict[Location, Tensor] = {}
-        for collective, route, buffer, work in sent:
-            rows = self._received(collective, buffer, work).view(-1, own.shape[1])
-            whole.index_copy_(0, route.sources, moved(rows[route.rows], whole.device))
-            absent.update((location, rows[row]) for row, location in route.absent)
+        received = [(*each, self._received(each[0], *each[2:]).view(-1, own.shape[1])) for each in sent]
         if self._total is None:  # else at its end: until then nobody may leave the others waiting
             self._watch.raise_or_defer()
-        self._absent = self._absent_tensors(absent)
+        self._absent = []
+        for collective, route, *_, rows in received:
+            whole.index_copy_(0, route.sources, moved(rows[route.rows], whole.device))
+            self._absent += self._absent_tensors(collective, rows, route.absent)
         for tensors in self._absent:
             tensors.advance()
             if not self._inputs.one_scale:
@@ -278,25 +277,28 @@ class RankSums:
         parts = whole.split([len(part) for part in sums])
         return [moved(part, before.device) for part, before in zip(parts, sums, strict=True)]
 
-    def _absent_tensors(self, absent: Mapping[Location, Tensor]) -> list[AbsentTensors]:
-        """Tensors without a gradient on this rank that follow others, given the sums; has them have state.
+    def _absent_tensors(
+        self, collective: Collective, sums: Tensor, absent: Sequence[tuple[int, Location]]
+    ) -> list[AbsentTensors]:
+        """Tensors of a collective that have a gradient on other ranks only; makes them have state.
 
         Which have a gradient nowhere is known to the host on the CPU, where they are left alone; on a device they get
         their state as well, because a step never waits for the device.
         """
-        by_kind: dict[tuple[int, torch.device], list[Location]] = {}
-        for location, sums in absent.items():
+        have_gradient = has_gradient(sums).tolist() if absent and sums.device.type == "cpu" else [True] * len(sums)
+        by_kind: dict[tuple[int, torch.device], list[tuple[int, Location]]] = {}
+        for row, location in absent:
             param = self._params[location]
-            if param.requires_grad and (sums.device.type != "cpu" or has_gradient(sums)):
-                by_kind.setdefault((location.group_index, param.device), []).append(location)
+            if param.requires_grad and have_gradient[row]:
+                by_kind.setdefault((location.group_index, param.device), []).append((row, location))
         return [
             AbsentTensors(
-                locations,
-                moved(torch.stack([absent[location] for location in locations]), device),
-                [self._state_of(location) or self._create_state(location) for location in locations],
+                [location for _, location in found],
+                moved(sums[collective.index(tuple(row for row, _ in found))], device),
+                [self._state_of(location) or self._create_state(location) for _, location in found],
                 self._inputs,
             )
-            for (_, device), locations in by_kind.items()
+            for (_, device), found in by_kind.items()
         ]
 
     def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from sharded_models import (
     Sharded,
     full_parameters,
     make_model,
+    on_all_ranks,
     scales_by_name,
 )
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from clara_fused.state import WALK
+from clara_fused.state import SCALARS, WALK
 
 BEFORE, AFTER = 5, 4
 FORMS: dict[str, StateDictOptions] = {
@@ -229,6 +230,31 @@ def fsdp1_state_dict(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fsdp1_state_of_each_rank(world4: World, variant: str) -> None:
     world4.run(fsdp1_state_dict, variant)
+
+
+def fsdp1_whole_state_dict(variant: str) -> None:
+    """FSDP1's own functions: what is 0-dim goes through; on ranks with an empty shard FSDP1 loads nothing."""
+    first = build("fsdp1-4", variant)
+    train(first, 0, BEFORE)
+    whole = FullyShardedDataParallel.optim_state_dict(first.model, first.optimizer)
+    scales = {name: entry["lr_scale"].item() for name, entry in whole["state"].items()}
+    assert scales == {name: pytest.approx(scale) for name, scale in scales_by_name(first).items()}
+    second = build("fsdp1-4", variant)
+    parts = FullyShardedDataParallel.optim_state_dict_to_load(second.model, second.optimizer, copy.deepcopy(whole))
+    second.optimizer.load_state_dict(parts)
+    second.step(BEFORE)
+    assert all(other == scales_by_name(second) for other in on_all_ranks(scales_by_name(second)))
+    if variant != "Global":  # there each rank has the walk, and the state, of what it holds
+        params = dict(second.model.named_parameters())
+        for name in SCALARS:
+            here = {key: second.optimizer.state[param][name].item() for key, param in params.items()}
+            assert all(other == here for other in on_all_ranks(here)), name
+        assert {entry["step"].item() for entry in second.optimizer.state.values()} == {BEFORE + 1}
+
+
+@pytest.mark.parametrize("variant", ["Global", "Smoothed"])
+def test_fsdp1_whole_state_dict(world4: World, variant: str) -> None:
+    world4.run(fsdp1_whole_state_dict, variant)
 
 
 def zero1_state_dict() -> None:
