@@ -57,6 +57,7 @@ __all__ = [
     "check_shards",
     "fail_together",
     "join",
+    "needs_sums",
 ]
 
 
@@ -274,7 +275,7 @@ class RankSums:
             tensors.advance()
             if not self._inputs.one_scale:
                 tensors.rescale()
-        parts = whole.split([len(part) for part in sums])
+        parts = whole.split_with_sizes([len(part) for part in sums])
         return [moved(part, before.device) for part, before in zip(parts, sums, strict=True)]
 
     def _absent_tensors(
@@ -313,7 +314,8 @@ class RankSums:
         if self._total is None:
             return adaptation.total_evidence(parts) if parts else none
         if parts and self._collectives:
-            locations = [location for each in (*buckets, *self._absent) for location in each.locations]
+            locations = [location for bucket in buckets for location in bucket.locations]
+            locations += [location for tensors in self._absent for location in tensors.locations]
             parts = [torch.cat(parts) * self._shares_of(locations)]
         own = adaptation.total_evidence(parts) if parts else none
         total = self._received(self._total, *self._send(self._total, own))
