@@ -6,12 +6,17 @@ import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..step import StepInputs, moved
-from .placement import Collective, Placed, sending_device
+from ..step import Location, StepInputs, moved
+from .collectives import Collective, collectives_per_mesh, merged, sending_device
+from .placement import Placed, place
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Bits of the checksum of the hyperparameters that rides along with every sum.
 CHECKSUM_BITS = 32
@@ -71,6 +76,32 @@ def compare_ranks(collective: Collective, mine: list[str]) -> None:
         dist.all_gather_object(gathered, lines_by_rank, group=group)
         lines_by_rank = {rank: lines for part in gathered for rank, lines in part.items()}
     raise RanksDisagreeError(_first_difference(lines_by_rank))
+
+
+def agreed_collectives(
+    params: Mapping[Location, Tensor], process_group: ProcessGroup | None, one_scale: bool, hyperparameters: list[str]
+) -> tuple[list[Collective], Collective | None]:
+    """What is sent at every step, after all ranks have compared it.
+
+    Returns:
+        The collectives that sum tensor by tensor, and the one more sum of AdamClaraGlobal under `process_group`.
+
+    Raises:
+        RanksDisagreeError: they differ in this or in their hyperparameters.
+    """
+    placed = [place(location, param, process_group) for location, param in params.items()]
+    per_mesh = collectives_per_mesh(placed, process_group)
+    total = per_mesh[-1] if one_scale and process_group is not None else None
+    collectives = [each for each in per_mesh if each is not total]
+    if one_scale:
+        collectives = merged(collectives, [m for m in placed if m.mesh is None and total is None])
+    meshes = [each.mesh for each in collectives]
+    for each in [*collectives, *(each for each in per_mesh if each.mesh not in meshes)]:
+        # Under process_group AdamClaraGlobal lets each rank have others, and so the common ones in other places.
+        members = () if each is total else each.members
+        compare_ranks(each, [*hyperparameters, *describe_members(members, by_place=total is None)])
+    summed = [each for each in collectives if len(each.ranks) > 1 and each.members]
+    return summed, total if total is not None and len(total.ranks) > 1 else None
 
 
 class DisagreementWatch:

@@ -55,9 +55,5 @@ def _is_distributed() -> bool:
 
 
 def _is_flat_partition(param: Tensor) -> bool:
-    """Whether DeepSpeed has put this in place of a group's parameters: one vector that is no `nn.Parameter`."""
-    runs = any(
-        f"deepspeed.runtime.{engine}" in sys.modules
-        for engine in ("zero.stage_1_and_2", "bf16_optimizer", "fp16.fused_optimizer")
-    )
-    return runs and _is_distributed() and param.dim() == 1 and type(param) is Tensor and param.is_leaf
+    """Whether DeepSpeed has put this in place of a group's parameters: a vector that is no `nn.Parameter`."""
+    return "deepspeed" in sys.modules and _is_distributed() and param.dim() == 1 and type(param) is Tensor

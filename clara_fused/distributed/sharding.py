@@ -4,18 +4,18 @@ What `measure` leaves are plain sums over elements, so those of a sharded tensor
 ranks that hold them. `RankSums` adds them up with one collective per mesh and step. From there on all ranks compute the
 same: the walk, the evidence and the scale of a tensor are the whole tensor's on every rank.
 
-Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums tensor
-by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of them. Their
-walks are those of what is here; a walk is linear in the sums, so the total is exact all the same.
+Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums
+tensor by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of
+them. Their walks are those of what is here; a walk is linear in the sums, so the total is exact all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -30,23 +30,19 @@ from .agreement import (
     CHECKSUM_BITS,
     DisagreementWatch,
     RanksDisagreeError,
-    compare_ranks,
+    agreed_collectives,
     describe_hyperparameters,
-    describe_members,
     known_lr,
 )
+from .collectives import Collective, on_device
 from .dtensors import local
 from .foreign import check_shards
 from .placement import (
-    Collective,
     ParamGroups,
     ProcessGroupReference,
     check_process_group,
-    collectives_per_mesh,
     located,
-    merged,
     needs_sums,
-    place,
     signature_of,
 )
 
@@ -61,16 +57,8 @@ __all__ = [
     "check_shards",
     "fail_together",
     "join",
+    "needs_sums",
 ]
-
-class _Route(NamedTuple):
-    """How the sums of one step's tensors map to the rows of a collective; kept while the same tensors take part."""
-
-    locations: list[Location]
-    sources: Tensor  # index of the tensors among the step's
-    rows: Tensor  # their row in the collective
-    weights: Tensor  # float64 [k, 1]
-    absent_rows: tuple[int, ...]  # members without a gradient on this rank
 
 
 def join(optimizer: Any, inputs: StepInputs) -> tuple[RankSums | None, StepInputs]:
@@ -115,7 +103,7 @@ def fail_together(optimizer: Any, error: Exception) -> None:
         else:
             # The others are comparing what they have with this rank.
             params = dict(located(groups))
-            _agreed_collectives(params, process_group, optimizer.one_scale, [f"error: {error}"])
+            agreed_collectives(params, process_group, optimizer.one_scale, [f"error: {error}"])
 
 
 class RankSums:
@@ -143,15 +131,12 @@ class RankSums:
         self._overflow_is_known = False
 
         self._describe(inputs)
-        self._collectives, self._total = _agreed_collectives(
+        self._collectives, self._total = agreed_collectives(
             self._params, self._process_group, inputs.one_scale, self._lines
         )
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
-        self._routes: list[_Route | None] = [None] * len(self._collectives)
         self._shares: tuple[list[Location], Tensor] | None = None
-        self._sizes: Tensor | None = None
-        if any(options.initial_scale == 0.0 for options in inputs.options):
-            self._sizes = self._whole_sizes(len(inputs.options))
+        self._sizes = self._whole_sizes(len(inputs.options))
 
     @property
     def _all_collectives(self) -> list[Collective]:
@@ -171,7 +156,6 @@ class RankSums:
 
         As they were when this was made: a rank cannot know when others create their first state of a group.
         """
-        assert self._sizes is not None, "made without a need for sizes"
         return self._sizes[group_index]
 
     # --- what is learned from the other ranks, once ---
@@ -183,16 +167,16 @@ class RankSums:
             for member in collective.members:
                 del alone[member.location]
             weighted = [(m.location, m.param, collective.weight(m)) for m in collective.members]
-            sizes += _summed(collective, _sizes_here(groups, weighted))
+            sizes += collective.sum_of(_sizes_here(groups, weighted))
         rest = _sizes_here(groups, [(location, param, 1.0) for location, param in alone.items()])
-        return sizes + (rest if self._total is None else _summed(self._total, rest))
+        return sizes + (rest if self._total is None else self._total.sum_of(rest))
 
     def learn_missing_state(self) -> None:
         """Create the state that others have and this rank has not (FSDP1 loads none for empty shards)."""
         for collective in self._collectives:
             known = [self._state_of(member.location) for member in collective.members]
             rows = [[float(entry[name]) if entry else 0.0 for name in SCALARS] for entry in known]
-            largest = _largest_over_ranks(collective, rows)
+            largest = collective.largest_of(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
             for member, entry, values in zip(collective.members, known, largest, strict=True):
                 if not entry and values[0] > 0.0 and member.param.requires_grad:
                     entry = self._create_state(member.location)
@@ -200,7 +184,8 @@ class RankSums:
                         entry[name].fill_(value)
         if self._total is not None:
             entry = self._any_state()
-            ((scale,),) = _largest_over_ranks(self._total, [[float(entry["lr_scale"]) if entry else 0.0]])
+            own = torch.tensor(float(entry["lr_scale"]) if entry else 0.0, dtype=torch.float64, device="cpu")
+            scale = self._total.largest_of(own).item()
             if scale > 0.0 and (entry := entry or self._keep_one_scale()):
                 entry["lr_scale"].fill_(scale)
 
@@ -252,8 +237,7 @@ class RankSums:
 
     def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:
         for collective in self._all_collectives:
-            found_inf = moved(found_inf, collective.device).to(torch.float32, copy=True)
-            torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX, group=collective.group)
+            found_inf = collective.largest_of(found_inf.to(torch.float32))
         self._overflow_is_known = True
         return found_inf
 
@@ -274,46 +258,48 @@ class RankSums:
         locations = [location for bucket in buckets for location in bucket.locations]
         own = _concatenated(sums, self._collectives[0].device)
         sent = []
-        for index, collective in enumerate(self._collectives):
-            route = self._route(index, locations, own.device)
+        for collective in self._collectives:
+            route = collective.route(locations, own.device)
             rows = own.new_zeros(len(collective.members), own.shape[1], device=collective.device)
             rows[route.rows] = moved(own[route.sources], collective.device) * route.weights
             sent.append((collective, route, *self._send(collective, rows)))
         whole = own.clone()
-        absent: dict[Location, Tensor] = {}
-        for collective, route, buffer, work in sent:
-            rows = self._received(collective, buffer, work).view(-1, own.shape[1])
-            whole.index_copy_(0, route.sources, moved(rows[route.rows], whole.device))
-            absent.update((collective.members[row].location, rows[row]) for row in route.absent_rows)
+        received = [(*each, self._received(each[0], *each[2:]).view(-1, own.shape[1])) for each in sent]
         if self._total is None:  # else at its end: until then nobody may leave the others waiting
             self._watch.raise_or_defer()
-        self._absent = self._absent_tensors(absent)
+        self._absent = []
+        for collective, route, *_, rows in received:
+            whole.index_copy_(0, route.sources, moved(rows[route.rows], whole.device))
+            self._absent += self._absent_tensors(collective, rows, route.absent)
         for tensors in self._absent:
             tensors.advance()
             if not self._inputs.one_scale:
                 tensors.rescale()
-        parts = whole.split([len(part) for part in sums])
+        parts = whole.split_with_sizes([len(part) for part in sums])
         return [moved(part, before.device) for part, before in zip(parts, sums, strict=True)]
 
-    def _absent_tensors(self, absent: Mapping[Location, Tensor]) -> list[AbsentTensors]:
-        """Tensors without a gradient on this rank that follow others, given the sums; has them have state.
+    def _absent_tensors(
+        self, collective: Collective, sums: Tensor, absent: Sequence[tuple[int, Location]]
+    ) -> list[AbsentTensors]:
+        """Tensors of a collective that have a gradient on other ranks only; makes them have state.
 
         Which have a gradient nowhere is known to the host on the CPU, where they are left alone; on a device they get
         their state as well, because a step never waits for the device.
         """
-        by_kind: dict[tuple[int, torch.device], list[Location]] = {}
-        for location, sums in absent.items():
+        have_gradient = has_gradient(sums).tolist() if absent and sums.device.type == "cpu" else [True] * len(sums)
+        by_kind: dict[tuple[int, torch.device], list[tuple[int, Location]]] = {}
+        for row, location in absent:
             param = self._params[location]
-            if param.requires_grad and (sums.device.type != "cpu" or has_gradient(sums)):
-                by_kind.setdefault((location.group_index, param.device), []).append(location)
+            if param.requires_grad and have_gradient[row]:
+                by_kind.setdefault((location.group_index, param.device), []).append((row, location))
         return [
             AbsentTensors(
-                locations,
-                moved(torch.stack([absent[location] for location in locations]), device),
-                [self._state_of(location) or self._create_state(location) for location in locations],
+                [location for _, location in found],
+                moved(sums[collective.index(tuple(row for row, _ in found))], device),
+                [self._state_of(location) or self._create_state(location) for _, location in found],
                 self._inputs,
             )
-            for (_, device), locations in by_kind.items()
+            for (_, device), found in by_kind.items()
         ]
 
     def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
@@ -328,7 +314,9 @@ class RankSums:
         if self._total is None:
             return adaptation.total_evidence(parts) if parts else none
         if parts and self._collectives:
-            parts = [torch.cat(parts) * self._shares_of([x for each in (*buckets, *self._absent) for x in each.locations])]
+            locations = [location for bucket in buckets for location in bucket.locations]
+            locations += [location for tensors in self._absent for location in tensors.locations]
+            parts = [torch.cat(parts) * self._shares_of(locations)]
         own = adaptation.total_evidence(parts) if parts else none
         total = self._received(self._total, *self._send(self._total, own))
         self._watch.raise_or_defer()
@@ -343,20 +331,14 @@ class RankSums:
             ranks = set(self._total.ranks)
             collectives = [self._collective_of.get(location) for location in locations]
             shares = [[1.0 if each is None else 1.0 / len(ranks & set(each.ranks))] for each in collectives]
-            self._shares = locations, _on(self._all_collectives[0].device, shares, torch.float64)
+            self._shares = locations, on_device(shares, torch.float64, self._all_collectives[0].device)
         return self._shares[1]
-
-    def _route(self, index: int, locations: list[Location], device: torch.device) -> _Route:
-        route = self._routes[index]
-        if route is None or route.locations != locations:
-            route = self._routes[index] = _new_route(self._collectives[index], locations, device)
-        return route
 
     def _send(self, collective: Collective, numbers: Tensor) -> tuple[Tensor, Any]:
         """Start the sum of the bits of the checksum, which come first, and of `numbers`."""
         numbers = moved(numbers.reshape(-1), collective.device)
         buffer = torch.cat([self._watch.bits(collective.device), numbers])
-        return buffer, torch.distributed.all_reduce(buffer, group=collective.group, async_op=True)
+        return buffer, collective.start(buffer)
 
     def _received(self, collective: Collective, buffer: Tensor, work: Any) -> Tensor:
         work.wait()
@@ -375,55 +357,8 @@ class RankSums:
                 numbers = len(adaptation.Evidence._fields)
             else:
                 numbers = len(adaptation.PathSums._fields) * len(collective.members)
-            buffer = torch.full((CHECKSUM_BITS + numbers,), math.nan, dtype=torch.float64, device=collective.device)
-            torch.distributed.all_reduce(buffer, group=collective.group)
-
-
-def _agreed_collectives(
-    params: Mapping[Location, Tensor], process_group: ProcessGroup | None, one_scale: bool, hyperparameters: list[str]
-) -> tuple[list[Collective], Collective | None]:
-    """What is sent at every step, after all ranks have compared it.
-
-    Returns:
-        The collectives that sum tensor by tensor, and the one more sum of AdamClaraGlobal under `process_group`.
-
-    Raises:
-        RanksDisagreeError: they differ in this or in their hyperparameters.
-    """
-    placed = [place(location, param, process_group) for location, param in params.items()]
-    per_mesh = collectives_per_mesh(placed, process_group)
-    total = per_mesh[-1] if one_scale and process_group is not None else None
-    collectives = [each for each in per_mesh if each is not total]
-    if one_scale:
-        collectives = merged(collectives, [m for m in placed if m.mesh is None and total is None])
-    meshes = [each.mesh for each in collectives]
-    for each in [*collectives, *(each for each in per_mesh if each.mesh not in meshes)]:
-        # Under process_group AdamClaraGlobal lets each rank have other parameters, and so the common ones in other places.
-        members = () if each is total else each.members
-        compare_ranks(each, [*hyperparameters, *describe_members(members, by_place=total is None)])
-    summed = [each for each in collectives if len(each.ranks) > 1 and each.members]
-    return summed, total if total is not None and len(total.ranks) > 1 else None
-
-
-def _new_route(collective: Collective, locations: list[Location], device: torch.device) -> _Route:
-    row_of = {member.location: row for row, member in enumerate(collective.members)}
-    sources = [source for source, location in enumerate(locations) if location in row_of]
-    rows = [row_of[locations[source]] for source in sources]
-    weights = [[collective.weight(collective.members[row])] for row in rows]
-    present = set(rows)
-    absent = tuple(row for row in range(len(collective.members)) if row not in present)
-    return _Route(
-        locations,
-        _on(device, sources, torch.int64),
-        _on(collective.device, rows, torch.int64),
-        _on(collective.device, weights, torch.float64).view(-1, 1),
-        absent,
-    )
-
-
-def _on(device: torch.device, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    on_host = torch.tensor(values, dtype=dtype, device="cpu")
-    return moved(on_host.pin_memory() if device.type == "cuda" else on_host, device)
+            nothing = torch.full((CHECKSUM_BITS + numbers,), math.nan, dtype=torch.float64, device=collective.device)
+            collective.start(nothing).wait()
 
 
 def _concatenated(sums: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -433,24 +368,12 @@ def _concatenated(sums: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]]) -> Tensor:
-    """`size_of` this rank's parts of some parameters, by group, float64 [groups, 2] on the CPU."""
+    """`size_of` this rank's parts of those parameters that are trained, by group, float64 [groups, 2] on the CPU."""
     by_group: dict[tuple[int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
+        if param.requires_grad or param.grad is not None:
+            by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
     sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
     for (group_index, weight), parts in by_group.items():
         sizes[group_index] += weight * size_of(parts).cpu()
     return sizes
-
-
-def _summed(collective: Collective, numbers: Tensor) -> Tensor:
-    sent = numbers.to(collective.device)
-    torch.distributed.all_reduce(sent, group=collective.group)
-    return sent.to(numbers.device)
-
-
-def _largest_over_ranks(collective: Collective, rows: list[list[float]]) -> list[list[float]]:
-    largest = torch.tensor(rows, dtype=torch.float64, device="cpu").to(collective.device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=collective.group)
-    found: list[list[float]] = largest.tolist()
-    return found

@@ -37,6 +37,8 @@ LIVELY: dict[str, Any] = {
     "weight_decay": 0.1,
     "initial_scale": 1.0,
 }
+# Also those of tensors with a handful of elements, which say too little for the walk's rule to follow at once.
+MOVING: dict[str, Any] = {**LIVELY, "reference": 0.5}
 
 
 class Model(nn.Module):
