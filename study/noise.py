@@ -305,8 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rate, fall = climb(variant, fused, **options), steps_to_fall_tenfold(variant, fused, **options)
             print(
                 f"{variant}: {'rests' if still else '✗ MOVES'} on zero gradients; climbs {100 * (rate - 1):.1f}% a "
-                f"step from a rate 1000 times too small{'' if rate >= 1.04 else ' ✗'}; falls tenfold in {fall} steps of "
-                f"alternating gradients{'' if fall <= 60 else ' ✗'}"
+                f"step from a rate 1000 times too small{'' if rate >= 1.04 else ' ✗'}; falls tenfold in {fall} steps "
+                f"of alternating gradients{'' if fall <= 60 else ' ✗'}"
             )
             all_hold &= still and rate >= 1.04 and fall <= 60
     print(f"\n{time.perf_counter() - started:.0f} s")
