@@ -175,11 +175,11 @@ def test_no_tensor_lives_in_the_modules(variant: str, fused: bool) -> None:
 def test_parameters_that_share_memory(adapt_lr: bool, fused: bool | None, variant: str) -> None:
     """Sixteen parameters over one buffer, two threads: updates were lost, three steps' worth of them."""
     torch.set_num_threads(2)
-    steps, count, rate = 60, 16, 1e-3
-    memory = torch.zeros(60_000)
+    steps, count, rate = 15, 16, 1e-3
+    memory = torch.zeros(20_000)
     params = [torch.nn.Parameter(memory) for _ in range(count)]
     optimizer = VARIANTS[variant](params, lr=rate, adapt_lr=adapt_lr, initial_scale=1.0, fused=fused)
-    gradient = torch.ones(60_000)
+    gradient = torch.ones(20_000)
     moved = 0.0
     for _ in range(steps):
         for param in params:
@@ -289,10 +289,11 @@ class Quantized(torch.Tensor):
         return result
 
 
+@pytest.mark.parametrize("shape", [(7,), (64, 1024), (1024, 64)], ids=str)
 @pytest.mark.parametrize("fused", [None, False], ids=["any", "torch"])
-def test_weights_without_foreach(fused: bool | None, variant: str) -> None:
+def test_weights_without_foreach(fused: bool | None, shape: tuple[int, ...], variant: str) -> None:
     """It was an error in the middle of a step, with the step already counted."""
-    plain, odd = parameters(), parameters()
+    plain, odd = parameters([(5, 3), shape, (2, 3, 4)]), parameters([(5, 3), shape, (2, 3, 4)])
     odd[1] = torch.nn.Parameter(Quantized(odd[1].detach().clone()))
     expected = VARIANTS[variant](plain, fused=False, **LIVELY[variant])
     optimizer = VARIANTS[variant](odd, fused=fused, **LIVELY[variant])
