@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import World
-from sharded_models import LIVELY, VARIANTS, on_all_ranks
+from sharded_models import MOVING, VARIANTS, on_all_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -47,7 +47,7 @@ def compare(variant: str, mesh_shape: tuple[int, ...], placements: list[Any], sh
     mesh = init_device_mesh("cpu", mesh_shape)
     alone = nn.Parameter(initial(shape))
     param = nn.Parameter(distributed(alone.detach(), mesh, placements))
-    sharded_optimizer, optimizer = (VARIANTS[variant]([p], **LIVELY) for p in (param, alone))
+    sharded_optimizer, optimizer = (VARIANTS[variant]([p], **MOVING) for p in (param, alone))
     for step in range(STEPS):
         alone.grad = given(step, shape)
         param.grad = distributed(alone.grad, mesh, placements)
@@ -108,9 +108,9 @@ def test_shards_that_cut_runs_keep_the_whole_path(world2: World, placements: Any
 def plain_shards(variant: str) -> None:
     """Under process_group nobody knows what whole tensor the shards are of."""
     param = nn.Parameter(initial((ROWS, COLUMNS)).chunk(2)[dist.get_rank()].clone())
-    optimizer = VARIANTS[variant]([param], **LIVELY, process_group=dist.group.WORLD)
+    optimizer = VARIANTS[variant]([param], **MOVING, process_group=dist.group.WORLD)
     alone = nn.Parameter(initial((ROWS, COLUMNS)))
-    expected = VARIANTS[variant]([alone], **LIVELY, path_fraction=1.0)
+    expected = VARIANTS[variant]([alone], **MOVING, path_fraction=1.0)
     for step in range(STEPS):
         alone.grad = given(step)
         param.grad = alone.grad.chunk(2)[dist.get_rank()].clone()
@@ -156,7 +156,7 @@ def saved(ranks: int, variant: str, folder: str) -> Any:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     layer, mesh = layer_on(ranks)
-    optimizer = VARIANTS[variant](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS[variant](layer.parameters(), **MOVING)
     for step in range(2):
         take(optimizer, layer, mesh, step)
     state = {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}
@@ -169,7 +169,7 @@ def resumed(ranks: int, variant: str, folder: str) -> Any:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     layer, mesh = layer_on(ranks)
-    optimizer = VARIANTS[variant](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS[variant](layer.parameters(), **MOVING)
     state = {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}
     dcp.load(state, checkpoint_id=folder)
     layer.load_state_dict(state["model"])
@@ -201,7 +201,7 @@ def through_full_state_dict(cpu_offload: bool) -> None:
     )
 
     layer, mesh = layer_on(2)
-    optimizer = VARIANTS["Local"](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS["Local"](layer.parameters(), **MOVING)
     for step in range(2):
         take(optimizer, layer, mesh, step)
     options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
@@ -211,7 +211,7 @@ def through_full_state_dict(cpu_offload: bool) -> None:
     second, _ = layer_on(2)
     with torch.no_grad():
         second.weight.copy_(layer.weight)
-    other = VARIANTS["Local"](second.parameters(), **LIVELY)
+    other = VARIANTS["Local"](second.parameters(), **MOVING)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(second, other, state, options=options)
     take(optimizer, layer, mesh, 2)
@@ -229,9 +229,9 @@ def test_sampled_paths_in_full_state_dicts(world2: World, cpu_offload: bool) -> 
 def between_whole_and_sharded() -> None:
     """optimizer.state_dict() of shards into a whole parameter and back, also where the other one keeps all elements."""
     layer, mesh = layer_on(2)
-    optimizer = VARIANTS["Local"](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS["Local"](layer.parameters(), **MOVING)
     alone = OneLayer(initial((ROWS, COLUMNS)))
-    everything = VARIANTS["Local"](alone.parameters(), **LIVELY, path_fraction=1.0)
+    everything = VARIANTS["Local"](alone.parameters(), **MOVING, path_fraction=1.0)
     for step in range(2):
         take(everything, alone, None, step)
     optimizer.load_state_dict(everything.state_dict())
@@ -241,7 +241,7 @@ def between_whole_and_sharded() -> None:
     assert path.shape == SAMPLED  # a whole path is sampled where this optimizer samples
     torch.testing.assert_close(whole(path), everything.state[alone.weight]["path"].view(ROWS, -1, 512)[..., :32].flatten(1))
     take(optimizer, layer, mesh, 2)
-    sampled = VARIANTS["Local"]([nn.Parameter(initial((ROWS, COLUMNS)))], **LIVELY)
+    sampled = VARIANTS["Local"]([nn.Parameter(initial((ROWS, COLUMNS)))], **MOVING)
     sampled.load_state_dict(optimizer.state_dict())
     (entry,) = sampled.state.values()
     torch.testing.assert_close(entry["path"], whole(optimizer.state[layer.weight]["path"]), rtol=0, atol=0)
