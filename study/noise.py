@@ -229,11 +229,11 @@ def scales_over_zeros(variant: str, fused: bool | None = None, zeros: int = 100,
 
 
 def climb(
-    variant: str, fused: bool | None = None, too_small: float = 1000.0, noise: float = 0.3, numel: int = 4096, **options: Any
+    variant: str, fused: bool | None = None, too_small: float = 1000.0, noise: float = 0.3, **options: Any
 ) -> float:
     """By which factor a step the scale climbs where the rate is that much too small: a quadratic with noisy gradients,
     whose right rate is about 1e-2; over steps 20 to 100."""
-    generator = torch.Generator().manual_seed(0)
+    generator, numel = torch.Generator().manual_seed(0), 4096
     param = torch.nn.Parameter(torch.randn(numel, generator=generator))
     optimizer = VARIANTS[variant]([param], lr=1e-2 / too_small, fused=fused, initial_scale=1.0, **options)
     scales = []
@@ -304,9 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             still = all(scales == before for scales in after)
             rate, fall = climb(variant, fused, **options), steps_to_fall_tenfold(variant, fused, **options)
             print(
-                f"{variant}: {'rests' if still else '✗ MOVES'} on zero gradients; climbs {100 * (rate - 1):.1f}% a step "
-                f"from a rate 1000 times too small{'' if rate >= 1.04 else ' ✗'}; falls tenfold in {fall} steps of "
-                f"alternating gradients{'' if fall <= 60 else ' ✗'}"
+                f"{variant}: {'rests' if still else '✗ MOVES'} on zero gradients; climbs {100 * (rate - 1):.1f}% a "
+                f"step from a rate 1000 times too small{'' if rate >= 1.04 else ' ✗'}; falls tenfold in {fall} steps "
+                f"of alternating gradients{'' if fall <= 60 else ' ✗'}"
             )
             all_hold &= still and rate >= 1.04 and fall <= 60
     print(f"\n{time.perf_counter() - started:.0f} s")

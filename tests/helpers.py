@@ -304,7 +304,9 @@ class StepCheck:
         groups = self.optimizer.param_groups
         options = [options_of(self.variant, g) for g in groups]
         return [
-            self._freeze(options, g, i, param) for g, group in enumerate(groups) for i, param in enumerate(group["params"])
+            self._freeze(options, g, i, param)
+            for g, group in enumerate(groups)
+            for i, param in enumerate(group["params"])
         ]
 
     def _freeze(self, options: Sequence[Options], g: int, i: int, param: torch.Tensor) -> _Before:
