@@ -53,8 +53,8 @@ def collectives_of_a_step(layout: str, variant: str) -> tuple[list[tuple[tuple[i
     return sent, {str(op): count for op, count in counter.get_comm_counts().items()}
 
 
-# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each, under Local and under Global, and
-# whether Global sums its totals too. The model has 9 parameters; tensor parallelism places 4 of them on its mesh.
+# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each, under Local and under Global;
+# and whether Global sums its totals too. The model has 9 parameters; tensor parallelism places 4 of them on its mesh.
 ALL = (0, 1, 2, 3)
 Sums = list[tuple[tuple[int, ...], int]]
 EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
