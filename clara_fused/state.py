@@ -222,7 +222,8 @@ def _initial_value(
 def _local_shape(sample: Sample, param: Tensor, part: Tensor) -> torch.Size:
     """The shape of the path of this rank's part of a parameter."""
     if part.numel() == 0:
-        return torch.Size((0,) if param.dim() == 1 else (part.shape[0], part[:0].numel()))
+        inner = math.prod(part.shape[1:]) // sample.run * sample.kept
+        return torch.Size((0,) if param.dim() == 1 else (part.shape[0], inner))
     return sample.shape(part)
 
 
