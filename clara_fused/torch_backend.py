@@ -92,12 +92,12 @@ class TorchBucket:
             if self._skipped:
                 return sums
             per_unit = [self._measure_unit(unit) for unit in self._blocks(sampled=True)]
-            sums[:, :4] = torch.cat(per_unit, dim=1).T
+            sums[:, :5] = torch.cat(per_unit, dim=1).T
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
             # that has long been somebody else's.
             start = 0
             for unit in self._units:
-                sums[start : start + len(unit), 4] = unit[0].param.numel()
+                sums[start : start + len(unit), 5] = unit[0].param.numel()
                 start += len(unit)
             return sums
 
@@ -113,7 +113,7 @@ class TorchBucket:
             for name, values in zip(WALK, walks.unbind(-1), strict=True):
                 self._write(self._entries(name), values)
             self._write(self._entries("step"), steps)
-            return adaptation.evidence_of(sums, walks, self.options, self._moves)
+            return adaptation.evidence_of(sums, walks, self.options, steps, self._moves)
 
     def rescale(self, evidence: Tensor) -> None:
         """See `step.Bucket`."""
@@ -227,7 +227,7 @@ class TorchBucket:
     # --- measure ---
 
     def _measure_unit(self, blocks: list[_Block]) -> Tensor:
-        """The first four columns of `adaptation.PathSums`, [4, tensors of the unit]."""
+        """The columns of `adaptation.PathSums` but the last, [5, tensors of the unit]."""
         corrections = self._corrections_of_measure
         parts = [self._measure_block(block, corrections) for block in blocks]
         if len(parts) == 1:
@@ -247,20 +247,30 @@ class TorchBucket:
         inverse_bias1, root_bias2 = corrections.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         step.div_(denominator).mul_(inverse_bias1)
-        unit_grad = torch.div(grad, denominator, out=denominator)
         before = self._load(block.paths)
-        path = (before * (1.0 - options.smoothing)).add_(step, alpha=adaptation.path_gain(options.smoothing))
+        path = self._extended_path(before, step)
         count, numel = path.shape
         padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(4, count, padded, dtype=path.dtype, device=path.device)
+        terms = torch.empty(5, count, padded, dtype=path.dtype, device=path.device)
         terms[:, :, numel:] = 0.0
-        for index, (a, b) in enumerate(((path, path), (step, step), (unit_grad, unit_grad), (unit_grad, before))):
-            torch.mul(a, b, out=terms[index, :, :numel])
-        sums = terms.view(4, count, -1, min(padded, _SUM_BLOCK)) if numel else terms.unsqueeze(-1)
+        for index, vector in enumerate((path, step, grad / denominator, before)):
+            term = torch.mul(vector, vector, out=terms[index, :, :numel])
+            if not options.reference:  # lengths in Adam's own metric, see docs/algorithm.md
+                term.mul_(denominator)
+        terms[4, :, :numel] = 1.0 if options.reference else denominator
+        sums = terms.view(5, count, -1, min(padded, _SUM_BLOCK)) if numel else terms.unsqueeze(-1)
         # Rows of a bounded length, then rows of doubles: in an order that no number of threads changes.
         sums = sums.sum(-1).to(adaptation.scalar_dtype(self.device)).sum(-1)
         self._store_path(path, block)
         return sums * (sample.run / sample.kept)
+
+    def _extended_path(self, before: Tensor, step: Tensor) -> Tensor:
+        """The path with this step; where lr is 0 nothing has moved."""
+        if self._moves is False:
+            return before
+        smoothing = self.options.smoothing
+        path = (before * (1.0 - smoothing)).add_(step, alpha=adaptation.path_gain(smoothing))
+        return path if self._moves is True else torch.where(self._moves, path, before)
 
     def _store_path(self, path: Tensor, block: _Block) -> None:
         if isinstance(self._moves, Tensor):
