@@ -120,7 +120,7 @@ struct Size {
 
 std::vector<Size> sizes_of_every_kind() {
   return {{0}, {1}, {3}, {15}, {16}, {17}, {0}, {63}, {65}, {128}, {cpu::kPathChunk - 1}, {cpu::kPathChunk},
-          {cpu::kPathChunk + 1}, {cpu::kChunk - 1}, {cpu::kChunk}, {cpu::kChunk + 1}, {5 * cpu::kChunk + 7}, {2},
+          {cpu::kPathChunk + 1}, {cpu::kChunk - 1}, {cpu::kChunk}, {cpu::kChunk + 1}, {2 * cpu::kChunk + 7}, {2},
           // Samples: pieces wider and narrower than a vector, a last vector that is not full, more than one chunk.
           {64 * 7, 64, 1}, {64 * 9, 64, 2}, {64 * 67, 64, 4}, {64 * 33, 64, 8}, {128 * 11, 128, 8}, {256 * 3, 256, 16},
           {512 * 5, 512, 32}, {1024 * 70, 1024, 64}, {1024 * 3, 1024, 128}, {1024 * 9, 1024, 512}, {64 * 1025, 64, 4}};
