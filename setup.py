@@ -1,4 +1,4 @@
-"""Builds clara_fused._core, the compiled core, with ninja: as much of it as this machine can.
+"""Builds clara_fused.core._core, the compiled core, with ninja: as much of it as this machine can.
 
 CLARA_BUILD         python: no core; cpu: the CPU kernels; cuda: those and the CUDA kernels. What is asked for and
                     cannot be built is an error. Not set: the most that can be built.
@@ -278,17 +278,18 @@ class NinjaFile:
         if plan.cuda:
             version = ".".join(map(str, plan.cuda.version))
             defines += [
-                "-DCLARA_WITH_CUDA",
                 f'-DCLARA_CUDA_TOOLKIT="{version}"',
                 f'-DCLARA_CUDA_ARCHITECTURES="{";".join(plan.cuda.archs)}"',
             ]
         identity = [
             f'-DCLARA_VERSION="{package_names("_version.py")["__version__"]}"',
-            f'-DCLARA_INTERFACE="{package_names("_interface.py")["interface_stamp"]()}"',
+            f'-DCLARA_INTERFACE="{package_names("core/_interface.py")["interface_stamp"]()}"',
         ]
-        self._compile("bindings", SOURCES / "bindings.cpp", [*CXX_FLAGS, *defines, *identity, *python_headers])
-        self._compile("tensor_watch", SOURCES / "python" / "tensor_watch.cpp", [*CXX_FLAGS, *defines, *python_headers])
-        for name in ("cpu_backend", "dispatch", "team", "workspace"):
+        for name in ("bindings", "gather"):
+            self._compile(name, SOURCES / "python" / f"{name}.cpp", [*CXX_FLAGS, *defines, *identity, *python_headers])
+        if not plan.cuda:
+            self._compile("absent", SOURCES / "cuda" / "absent.cpp", [*CXX_FLAGS, *defines])
+        for name in ("cpu_backend", "dispatch", "team"):
             self._compile(name, SOURCES / "cpu" / f"{name}.cpp", [*CXX_FLAGS, *defines])
         for name, flags in (X86_INSTRUCTION_SETS if x86 else {"baseline": []}).items():
             kernel_flags = [*CXX_FLAGS, *KERNEL_FLAGS, *defines, f"-DCLARA_CPU_ISA={name}", *flags]
@@ -360,7 +361,7 @@ class BuildCore(build_ext):
         file = build_dir / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        if subprocess.run([*PLAN.ninja, "-C", str(build_dir)], stdout=sys.stderr).returncode != 0:
+        if subprocess.run([*PLAN.ninja, *os.environ.get("NINJAFLAGS", "").split(), "-C", str(build_dir)], stdout=sys.stderr).returncode != 0:
             raise SystemExit(
                 "compiling the core failed; see the compiler's message above. "
                 "CLARA_BUILD=python installs clara_fused without it."
@@ -400,7 +401,7 @@ class Build(build):
     sub_commands: ClassVar = [*build.sub_commands, ("finish_build", None)]
 
 
-CORE = "clara_fused._core"
+CORE = "clara_fused.core._core"
 PLAN = make_plan()
 setup(
     ext_modules=[] if PLAN.kind == "python" else [Extension(CORE, [])],

@@ -1,123 +1,58 @@
-// Guards the cached pointers of the core: tells at every step whether anything but gradients' addresses has changed.
+// Gathers what a step works on: one walk over an optimizer's groups, parameters, gradients and state, at every step.
+// Nothing is remembered from one step to the next.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
-#include "dlpack_exchange.h"
+#include "../tensor_list.h"
 
 namespace clara {
 namespace python {
 
-// Reads what raw pointers to a tensor depend on: through torch's DLPack exchange API (tens of nanoseconds), or through
-// the tensor's Python attributes where that API is missing (torch 2.9).
-class MetadataReader {
- public:
-  struct Metadata {
-    const void* data = nullptr;
-    int64_t device = 0;  // an encoding; only equality means something
-    int64_t dtype = 0;   // likewise
-    int32_t ndim = 0;
-    const int64_t* shape = nullptr;    // valid until the next read, and as long as the tensor
-    const int64_t* strides = nullptr;  // likewise
-  };
+struct Device {
+  bool is_cuda;
+  int32_t index;  // -1: the CPU
 
-  // `use_exchange_api` false forces the attributes.
-  explicit MetadataReader(bool use_exchange_api);
-
-  // False, without a Python error, if `object` is not a tensor with memory of its own.
-  bool read(PyObject* object, Metadata* out);
-
-  bool uses_exchange_api() const { return api_ != nullptr; }
-
- private:
-  bool read_from_api(PyObject* object, Metadata* out) const;
-  bool read_from_attributes(PyObject* object, Metadata* out);
-
-  const dlpack::ExchangeApi* api_ = nullptr;
-  pybind11::object keep_api_alive_;
-  PyTypeObject* tensor_type_;
-  PyTypeObject* parameter_type_;
-  std::vector<int64_t> shape_, strides_;
+  bool operator==(const Device& other) const { return is_cuda == other.is_cuda && index == other.index; }
 };
 
-// Where the watch leaves the gradients of a bucket. While the core reads them the GIL is free, and another thread may
-// drop or replace a gradient; so each has an owner from the check until the core has read it.
-struct GradSlots {
-  std::vector<const void*> addresses;
-  std::vector<pybind11::object> owners;  // null outside of a step, and where somebody else owns the gradient
+using Location = std::pair<int64_t, int64_t>;  // group, parameter
 
-  void add(const void* address) {
-    addresses.push_back(address);
-    owners.emplace_back();
-  }
-  void release() {
-    for (pybind11::object& owner : owners) owner = {};
-  }
+// References to everything that records point to. While the core works the GIL is free, and another thread may drop a
+// gradient or replace a state.
+using Owners = std::vector<pybind11::object>;
+
+// Tensors that share device and storage types.
+struct GatheredBucket {
+  Device device;
+  DType param_dtype, grad_dtype;
+  std::vector<TensorRecord> records;  // their chunks are not numbered yet
+  std::vector<const void*> grads;
+  std::vector<Location> locations;
+  std::vector<PyObject*> params;  // the parameter objects
+  std::shared_ptr<const Owners> owners;
 };
 
-// Note [Stale pointers]: the watch keeps no tensor alive, beyond the gradients of a step that is being taken. At every
-// step it walks the optimizer's param groups and state as they are then, so every tensor that it looks at is alive and
-// is the one that a fresh walk would have found; what it compares (address, dtype, device, shape, strides) is all that
-// the cached records were made from. An object that died and was replaced by another at the same place with the same
-// metadata needs no new record.
-class TensorWatch {
- public:
-  // `param_groups`: the optimizer's list of dicts; `state`: its dict of dicts. Remembers both as they are.
-  // Raises ValueError if they hold something that cannot be watched.
-  TensorWatch(pybind11::list param_groups, pybind11::dict state, bool use_exchange_api);
-
-  // The gradient of this parameter goes to (*slots)[row] at each successful check.
-  void route(int64_t group, int64_t param, std::shared_ptr<GradSlots> slots, int64_t row);
-
-  // True if nothing but addresses of gradients has changed; then the routed slots own the current ones.
-  bool unchanged(pybind11::list param_groups, pybind11::dict state);
-
-  // The parameters that have gradients, right after `unchanged` has been true for the same groups.
-  pybind11::list params_with_grad(pybind11::list param_groups) const;
-
-  bool uses_exchange_api() const { return reader_.uses_exchange_api(); }
-
- private:
-  struct Tensor {
-    const void* data;
-    int64_t device, dtype;
-    int32_t ndim;
-    size_t dims;  // index of its shape, then strides, in dims_
-  };
-  struct Param {
-    PyObject* object;  // identity only
-    Tensor tensor;
-    bool has_grad;
-    Tensor grad;
-    std::shared_ptr<GradSlots> slots;  // null: nobody wants its gradient
-    int64_t row;
-  };
-  struct Entry {          // of the state of one parameter
-    PyObject* key;        // identity only
-    bool watched;         // one of the optimizer's own tensors
-    Tensor tensor;
-  };
-  struct ParamState {
-    PyObject* param;  // identity only
-    std::vector<Entry> entries;
-  };
-
-  bool remember(PyObject* object, Tensor* tensor);
-  bool same(PyObject* object, const Tensor& tensor, bool compare_address, const void** address);
-  bool same_params(PyObject* param_groups);
-  bool same_grad(Param& param);
-  bool same_state(PyObject* state);
-  void release_gradients();
-
-  MetadataReader reader_;
-  std::vector<int64_t> dims_;
-  std::vector<std::vector<Param>> groups_;
-  std::vector<ParamState> states_;
+struct Gathering {
+  std::vector<GatheredBucket> buckets;  // by device, parameter type, gradient type
+  std::vector<Location> irregular;      // have a gradient, but cannot be stepped by the core as they are
 };
+
+// Note [Regular tensors]: a parameter with a gradient is regular if
+// - parameter, gradient and state are plain tensors, or DTensors around plain tensors (with the same placements), with
+//   memory, on one device, of types that the core serves;
+// - the state is complete, the path in a layout that the core knows, the scale (one_scale) the one that others have;
+// - parameter, gradient and everything parameter-shaped have the same dense layout, and none stands for the negative
+//   of its memory;
+// - no other regular parameter has a part in its memory.
+//
+// `param_groups` and `state` are the optimizer's own.
+Gathering gather(const pybind11::list& param_groups, const pybind11::dict& state, bool one_scale);
 
 }  // namespace python
 }  // namespace clara
