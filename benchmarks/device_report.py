@@ -37,11 +37,14 @@ def steps(document: dict[str, Any], title: str) -> Iterator[str]:
 def host_times(document: dict[str, Any]) -> Iterator[str]:
     rows = document.get("results", [])
     if rows:
-        yield "\nhost time, in us a step (us a tensor, of Adam fused)"
+        head = ("optimizer", "us a step", "us a tensor", "of Adam fused")
+        yield "\n{:7} {:9} {:13} {:>10} {:>11} {:>13}".format("tensors", "gradients", *head)
     for row in rows:
-        seconds, ratio = row["seconds"]["median"], row["ratio"]["median"]
-        each = seconds / row["tensors"]
-        yield f"{row['tensors']:5} tensors {row['optimizer']:13} {seconds * 1e6:9.1f} ({each * 1e6:.2f}, {ratio:.3f})"
+        seconds = row["seconds"]["median"] * 1e6
+        yield (
+            f"{row['tensors']:7} {row['gradients']:9} {row['optimizer']:13} {seconds:10.1f} "
+            f"{seconds / row['stepped']:11.2f} {row['ratio']['median']:13.3f}"
+        )
 
 
 def traffic(folder: Path) -> Iterator[str]:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     params = PROFILED[args.model].parameters(getattr(torch, args.dtype), torch.device("cuda"))
     contender = CONTENDERS[args.variant]
     try:
-        step = contender.step_of(contender.build(params))
+        step = contender.build(params).step
     except Unavailable as error:
         console.print(f"skipped: {error}")
         return NOTHING_MEASURED
