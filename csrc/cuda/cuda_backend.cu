@@ -3,8 +3,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "element_launch.h"
 #include "launch.h"
@@ -254,6 +256,15 @@ void write_table(const TensorRecord* tensors, int64_t count, void* host_memory) 
     of_chunk = std::fill_n(of_chunk, chunks_of(tensors[i].numel, kChunk), static_cast<int32_t>(i));
     of_path_chunk = std::fill_n(of_path_chunk, chunks_of(path_numel(tensors[i]), kPathChunk), static_cast<int32_t>(i));
   }
+}
+
+bool is_table_of(const TensorRecord* tensors, int64_t count, const void* host_memory) {
+  // The rest of a table follows from its records. What lies behind their last member is padding.
+  constexpr size_t kBytes = offsetof(TensorRecord, kept) + sizeof(TensorRecord::kept);
+  const char* row = static_cast<const char*>(host_memory);
+  return std::all_of(tensors, tensors + count, [&row](const TensorRecord& tensor) {
+    return std::memcmp(&tensor, std::exchange(row, row + sizeof(TensorRecord)), kBytes) == 0;
+  });
 }
 
 void measure(const TensorList& list, PathSums* sums, const Placement& where) {
