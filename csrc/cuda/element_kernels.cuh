@@ -157,6 +157,7 @@ struct Sample {
 constexpr int kSums = 5;
 
 static_assert(kVector == 4, "log_kept >= 2 says that a vector lies within a run");
+static_assert(kPathChunk % 1024 == 0, "a chunk holds whole runs, whose longest are 1024");
 
 template <typename Turn, typename P, typename G>
 __device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, const Stream<float>& paths,

@@ -898,6 +898,23 @@ void no_tensors_no_launches() {
   checked_step(empty);  // counts steps all the same
 }
 
+void tables_are_told_apart() {
+  Setup setup;
+  setup.sizes = {{5}, {64 * 70, 64, 4}};
+  Optimizer optimizer(setup);
+  const auto& list = optimizer.list();
+  const auto offsets = clara::cuda::layout(list.count, {list.chunk_count, list.path_chunk_count});
+  std::vector<int64_t> table(static_cast<size_t>(offsets.table_bytes + 7) / 8);
+  clara::cuda::write_table(list.tensors, list.count, table.data());
+  std::vector<clara::TensorRecord> records(list.tensors, list.tensors + list.count);
+  REQUIRE(clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  records[1].kept = 2;
+  REQUIRE(!clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  records[1].kept = 4;
+  records[0].path = records[1].path;
+  REQUIRE(!clara::cuda::is_table_of(records.data(), list.count, table.data()));
+}
+
 void errors_name_the_kernel() {
   Setup setup;
   setup.sizes = kFewSizes;
@@ -964,6 +981,7 @@ std::vector<Test> all_tests() {
   tests.push_back({"launches do not grow with tensors", launches_do_not_grow_with_tensors});
   tests.push_back({"more than one launch holds", more_than_one_launch_holds});
   tests.push_back({"no tensors, no launches", no_tensors_no_launches});
+  tests.push_back({"tables are told apart", tables_are_told_apart});
   tests.push_back({"errors name the kernel", errors_name_the_kernel});
   return tests;
 }
