@@ -243,24 +243,41 @@ class TorchBucket:
     def _measure_block(self, block: _Block, corrections: _Corrections) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
-        step, v, second = self._new_moments(block, grad, sample, copy=True)
+        step, _, second = self._new_moments(block, grad, sample, copy=True)
         inverse_bias1, root_bias2 = corrections.of(block.rows)
-        denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
-        step.div_(denominator).mul_(inverse_bias1)
+        # u = (m / bias1) / (sqrt(v) / root_bias2 + eps) and g~, but for the factors `to_step` and root_bias2.
+        denominator = second.sqrt_().add_(options.eps * root_bias2)
+        step.div_(denominator)
         unit_grad = torch.div(grad, denominator, out=denominator)
+        to_step = inverse_bias1 * root_bias2
         before = self._load(block.paths)
-        path = (before * (1.0 - options.smoothing)).add_(step, alpha=adaptation.path_gain(options.smoothing))
-        count, numel = path.shape
-        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(4, count, padded, dtype=path.dtype, device=path.device)
-        terms[:, :, numel:] = 0.0
-        for index, (a, b) in enumerate(((path, path), (step, step), (unit_grad, unit_grad), (unit_grad, before))):
-            torch.mul(a, b, out=terms[index, :, :numel])
-        sums = terms.view(4, count, -1, min(padded, _SUM_BLOCK)) if numel else terms.unsqueeze(-1)
-        # Rows of a bounded length, then rows of doubles: in an order that no number of threads changes.
-        sums = sums.sum(-1).to(adaptation.scalar_dtype(self.device)).sum(-1)
+        path = before * (1.0 - options.smoothing)
+        gain = adaptation.path_gain(options.smoothing) * to_step
+        if isinstance(gain, float):
+            path.add_(step, alpha=gain)
+        else:
+            path.addcmul_(step, gain)
+        sums = self._products([(path, path), (step, step), (unit_grad, unit_grad), (unit_grad, before)])
+        weight = sample.run / sample.kept
+        for row, factor in zip(sums.unbind(), (1.0, to_step * to_step, root_bias2 * root_bias2, root_bias2), strict=True):
+            row.mul_(factor.view(-1).to(row.dtype) * weight if isinstance(factor, Tensor) else factor * weight)
         self._store_path(path, block)
-        return sums * (sample.run / sample.kept)
+        return sums
+
+    def _products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Sums of products of arrays [rows, elements], float64 [pairs, rows]; bitwise the same for any number of threads."""
+        count, numel = pairs[0][0].shape
+        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
+        terms = torch.empty(len(pairs), count, padded, dtype=self._dtype, device=self.device)
+        for index, (a, b) in enumerate(pairs):
+            torch.mul(a, b, out=terms[index, :, :numel])
+        if numel == 0:
+            return terms.sum(-1, dtype=adaptation.scalar_dtype(self.device))
+        if padded != numel:
+            terms[:, :, numel:] = 0.0
+        # Rows of a bounded length, which PyTorch does not split over threads; then rows of doubles.
+        blocks = terms.view(len(pairs), count, -1, min(padded, _SUM_BLOCK)).sum(-1)
+        return blocks.to(adaptation.scalar_dtype(self.device)).sum(-1)
 
     def _store_path(self, path: Tensor, block: _Block) -> None:
         if isinstance(self._moves, Tensor):
