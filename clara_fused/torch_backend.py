@@ -243,26 +243,38 @@ class TorchBucket:
     def _measure_block(self, block: _Block, corrections: _Corrections) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
-        step, v, second = self._new_moments(block, grad, sample, copy=True)
+        step, _, second = self._new_moments(block, grad, sample, copy=True)
         inverse_bias1, root_bias2 = corrections.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         step.div_(denominator).mul_(inverse_bias1)
         before = self._load(block.paths)
         path = self._extended_path(before, step)
-        count, numel = path.shape
-        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(5, count, padded, dtype=path.dtype, device=path.device)
-        terms[:, :, numel:] = 0.0
-        for index, vector in enumerate((path, step, grad / denominator, before)):
-            term = torch.mul(vector, vector, out=terms[index, :, :numel])
-            if not options.reference:  # lengths in Adam's own metric, see docs/algorithm.md
-                term.mul_(denominator)
-        terms[4, :, :numel] = 1.0 if options.reference else denominator
-        sums = terms.view(5, count, -1, min(padded, _SUM_BLOCK)) if numel else terms.unsqueeze(-1)
-        # Rows of a bounded length, then rows of doubles: in an order that no number of threads changes.
-        sums = sums.sum(-1).to(adaptation.scalar_dtype(self.device)).sum(-1)
+        weight = None if options.reference else denominator
+        sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
         self._store_path(path, block)
         return sums * (sample.run / sample.kept)
+
+    def _sums_of_squares(self, arrays: Sequence[Tensor], weight: Tensor | None) -> Tensor:
+        """Sums of squares of arrays [rows, elements], and of their weights; None: all count alike.
+
+        Returns:
+            float64 [number of arrays + 1, rows]; bitwise the same for any number of threads.
+        """
+        count, numel = arrays[0].shape
+        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
+        terms = torch.empty(len(arrays) + 1, count, padded, dtype=self._dtype, device=self.device)
+        for array, term in zip(arrays, terms[:, :, :numel], strict=False):
+            torch.mul(array, array, out=term)
+            if weight is not None:
+                term.mul_(weight)
+        terms[-1, :, :numel] = 1.0 if weight is None else weight
+        if numel == 0:
+            return terms.sum(-1, dtype=adaptation.scalar_dtype(self.device))
+        if padded != numel:
+            terms[:, :, numel:] = 0.0
+        # Rows of a bounded length, which PyTorch does not split over threads; then rows of doubles.
+        blocks = terms.view(len(arrays) + 1, count, -1, min(padded, _SUM_BLOCK)).sum(-1)
+        return blocks.to(adaptation.scalar_dtype(self.device)).sum(-1)
 
     def _extended_path(self, before: Tensor, step: Tensor) -> Tensor:
         """The path with this step; where lr is 0 nothing has moved."""
