@@ -60,6 +60,7 @@ class TorchBucket:
         self._lr = self._scalar(inputs.lrs[group_index])
         self._moves = self._lr != 0.0
         self._grad_scale = self._scalar(inputs.grad_scale)
+        self._scales: Tensor | None = None
         found_inf = self._scalar(inputs.found_inf)
         self._skipped = isinstance(found_inf, float) and found_inf != 0.0
         self._undo = found_inf != 0.0 if isinstance(found_inf, Tensor) else None  # decided on the device
@@ -104,10 +105,10 @@ class TorchBucket:
         """See `step.Bucket`."""
         with profiling.range_of("adapt", len(self._works)):
             sums = moved(sums, self.device)
-            walks = torch.stack([torch.stack(self._entries(name)) for name in WALK], dim=-1)
-            steps = self._steps + 1.0
             if self._skipped:
                 return sums.new_zeros(len(self._works), len(adaptation.Evidence._fields))
+            steps = self._steps + 1.0
+            walks = torch.stack([torch.stack(self._entries(name)) for name in WALK], dim=-1)
             walks = adaptation.advanced_walks(walks, sums, self.options, steps, self._moves)
             for name, values in zip(WALK, walks.unbind(-1), strict=True):
                 self._write(self._entries(name), values)
@@ -121,15 +122,19 @@ class TorchBucket:
         with profiling.range_of("adapt", len(self._works)):
             targets = self._entries("lr_scale")[: len(evidence)]  # the one of all tensors, or each tensor's
             evidence = moved(evidence, self.device)
-            self._write(targets, adaptation.adapted_scales(torch.stack(targets), evidence, self.options))
+            scales = adaptation.adapted_scales(torch.stack(targets), evidence, self.options)
+            self._scales = self._write(targets, scales)
 
     def update(self) -> None:
         """See `step.Bucket`."""
         if self._skipped:
             return
         with profiling.range_of("update", len(self._works)):
-            rates = torch.stack(self._entries("lr_scale")).to(adaptation.scalar_dtype(self.device)) * self._lr
-            corrections = _Corrections(self, torch.stack(self._entries("step")), rates)
+            scales = self._scales  # None: one for all, which has been adapted elsewhere
+            if scales is None:
+                scales = self._works[0].state["lr_scale"].unsqueeze(0)
+            rates = scales.to(adaptation.scalar_dtype(self.device)).expand(len(self._works)) * self._lr
+            corrections = _Corrections(self, self._steps + 1.0, rates)
             for unit in self._blocks(sampled=False):
                 for block in unit:
                     self._update_block(block, corrections)
@@ -144,10 +149,20 @@ class TorchBucket:
         """Steps taken before this one, [n]."""
         return torch.stack(self._entries("step")).to(adaptation.scalar_dtype(self.device))
 
-    def _write(self, targets: list[Tensor], values: Tensor) -> None:
+    def _write(self, targets: list[Tensor], values: Tensor) -> Tensor:
+        """Write scalars, [n]; returns what stands there then."""
+        values = values.to(targets[0].dtype)
         if self._undo is not None:
-            values = torch.where(self._undo, torch.stack(targets).to(values.dtype), values)
-        torch._foreach_copy_(targets, list(values.to(targets[0].dtype).unbind()))
+            values = torch.where(self._undo, torch.stack(targets), values)
+        self._distribute(values, targets)
+        return values
+
+    def _distribute(self, values: Tensor, targets: list[Tensor]) -> None:
+        """Copy the rows of `values` to tensors of their own."""
+        if self._on_host:
+            torch.unbind_copy(values, 0, out=targets)  # makes no Python objects of the rows
+        else:
+            torch._foreach_copy_(targets, list(values.unbind()))
 
     # --- blocks ---
 
@@ -177,7 +192,7 @@ class TorchBucket:
         if keep is not None:
             values = torch.where(keep, self._load(pieces), values)
         if len(pieces) > 1:
-            torch._foreach_copy_(pieces, list(values.view(len(pieces), *pieces[0].shape).unbind()))
+            self._distribute(values.view(len(pieces), *pieces[0].shape), pieces)
         elif not torch._C._is_alias_of(values, pieces[0]):
             pieces[0].copy_(values.view(pieces[0].shape))
 

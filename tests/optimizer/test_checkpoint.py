@@ -157,7 +157,7 @@ def test_every_option_can_be_saved(name: str, variant: str, fused: bool) -> None
             StateDictOptions(cpu_offload=True, flatten_optimizer_state_dict=True),
         ):
             given = get_optimizer_state_dict(model, optimizer, options=state_options)
-            again = VARIANTS[variant](model.parameters(), fused=fused)
+            again = VARIANTS[variant](model.parameters(), fused=fused, **{name: copy.deepcopy(value)})
             set_optimizer_state_dict(model, again, through_file(given), options=state_options)
             assert results(again)[1] == results(optimizer)[1], value
             train_model(model, again, 1, first=2)
@@ -203,7 +203,7 @@ def test_entries_of_the_users_in_the_state_of_a_parameter(variant: str, fused: b
         state = optimizer.state[all_params(optimizer)[0]]
         state["slow"] = torch.ones(5, 3, dtype=torch.float64)
         state["count"] = torch.tensor(3)
-        state["note"] = {"nested": [torch.ones(2), "text"]}
+        state["note"] = {"nested": [torch.ones(2), 3.5]}
         taken = optimizer.state_dict()
         other.load_state_dict(taken)
         new = other.state[all_params(other)[0]]
@@ -218,8 +218,7 @@ def test_entries_of_the_users_in_the_state_of_a_parameter(variant: str, fused: b
     )
     adam = reloaded(torch.optim.Adam(parameters()), torch.optim.Adam(parameters(seed=1)))
     for key in ("slow", "count", "note"):
-        assert frozen(mine[key]) == frozen(adam[key]) if key != "note" else mine[key]["nested"][1] == "text"
-    assert mine["slow"].dtype == adam["slow"].dtype
+        assert frozen(mine[key]) == frozen(adam[key]), key
 
 
 def test_entries_of_the_users_in_a_group(variant: str, fused: bool) -> None:
@@ -625,9 +624,9 @@ def test_state_that_is_no_adam_state_is_refused(key: str, variant: str, fused: b
     assert snapshot(optimizer) == before
 
 
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "path", "max_exp_avg_sq", "lr_scale", "step"])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lr_scale", "step"])
 def test_state_of_the_wrong_size_is_refused(key: str, variant: str, fused: bool) -> None:
-    """torch's fused Adam reads and writes past the end of such state."""
+    """torch's fused Adam reads and writes past the end of such state. (A path that does not fit starts anew.)"""
     optimizer = VARIANTS[variant](parameters(), amsgrad=True, fused=fused, **LIVELY[variant])
     train(optimizer, 2)
     taken = copy.deepcopy(optimizer.state_dict())

@@ -470,10 +470,11 @@ def test_options_are_read_afresh(variant: str, fused: bool) -> None:
 
 
 def test_options_changed_in_place_are_noticed(variant: str, fused: bool) -> None:
-    """Pairs may be lists, as configuration files give them, and a list can change without being replaced."""
+    """Pairs may be lists, as a user writes into a group, and a list can change without being replaced."""
     pairs = {"betas": [0.9, 0.99], "clip": [0.5, 1.6], "scale_bounds": [1e-8, 1e8]}
     optimizer = VARIANTS[variant](parameters(), fused=fused, **{**LIVELY[variant], **pairs})
     group = optimizer.param_groups[0]
+    group.update(pairs)
     check = StepCheck(variant, optimizer)
     for step, (name, end, value) in enumerate([("betas", 0, 0.5), ("clip", 1, 1.01), ("scale_bounds", 1, 1.0)]):
         set_gradients(all_params(optimizer), 2 * step)
