@@ -391,7 +391,7 @@ def test_all_good_parameters_of_the_step_stay(variant: str, fused: bool) -> None
     for place in range(3):
         params: list[torch.Tensor] = list(parameters())
         params[place] = WithGradient(params[place].detach().clone())
-        optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+        optimizer = VARIANTS[variant](params, fused=fused or None, **LIVELY[variant])
         train(optimizer, 2)
         set_gradients(params, 2)
         params[place].grad = torch.ones(1)
@@ -467,7 +467,7 @@ def test_fused_where_the_core_is_missing() -> None:
     where = Path(__file__).resolve().parent.parent
     run = subprocess.run([sys.executable, "-c", NO_CORE], cwd=where, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "_core" in run.stdout
+    assert "the compiled core is not installed" in run.stdout
 
 
 @pytest.mark.parametrize("value", ["yes", 2, 0, 1.0, object()], ids=["text", "number", "zero", "one", "object"])
