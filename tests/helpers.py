@@ -76,6 +76,11 @@ def core_available(device: str = "cpu", dtype: torch.dtype = torch.float32) -> b
     return not why_not_core(device, dtype)
 
 
+def unforced(fused: bool) -> bool | None:
+    """`fused` where PyTorch has to help out: the core takes what it can."""
+    return None if fused else False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters and gradients
 
