@@ -2,8 +2,8 @@
 
 CLARA_BUILD       python: no core; cpu: the CPU kernels; cuda: those and the CUDA kernels. It is an error if what is
                   asked for cannot be built.
-CLARA_CUDA_ARCHS  native: for the GPUs of this machine; all: for every GPU that is served, as wheels are; or a list such
-                  as "80;90". Not set: native. Where there is no GPU, all with CLARA_BUILD=cuda, else the CPU core alone.
+CLARA_CUDA_ARCHS  native: for the GPUs of this machine; all: for every GPU served, as in wheels; or a list such as
+                  "80;90". Not set: native. Where there is no GPU, all with CLARA_BUILD=cuda, else the CPU core alone.
 CUDA_HOME         the CUDA toolkit. Not set: the one of the nvcc on the path.
 CXX               the C++ compiler. Not set: the first of g++, c++ and clang++ that works.
 """
