@@ -6,6 +6,7 @@ CLARA_CUDA_ARCHS  native: for the GPUs of this machine; all: for every GPU serve
                   "80;90". Not set: native. Where there is no GPU, all with CLARA_BUILD=cuda, else the CPU core alone.
 CUDA_HOME         the CUDA toolkit. Not set: the one of the nvcc on the path.
 CXX               the C++ compiler. Not set: the first of g++, c++ and clang++ that works.
+NINJAFLAGS        goes to ninja, such as -j1 where memory is short.
 """
 
 from __future__ import annotations
@@ -172,20 +173,20 @@ def compilations(plan: Plan, version: str) -> Iterator[tuple[str, Path, list[str
     cxx, cuda = [*plan.compiler, *CXX_FLAGS], plan.cuda or Cuda("", "", [])
     facts = {"VERSION": version, "CUDA_TOOLKIT": cuda.version, "CUDA_ARCHITECTURES": ";".join(cuda.archs)}
     facts["WHY_NOT_MORE"] = "" if plan.cuda else plan.why_not_more
-    facts["INTERFACE"] = sha256(DECLARATION.read_bytes()).hexdigest()[:16]  # compared in clara_fused/_interface.py
-    python = [f"-DCLARA_{name}={json.dumps(fact)}" for name, fact in facts.items()]  # quoted as in C
-    python += ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
-    python += ["-DCLARA_WITH_CUDA"] if plan.cuda else []  # until csrc/cuda/absent.cpp is the one place that knows
+    facts["INTERFACE"] = sha256(DECLARATION.read_bytes()).hexdigest()[:16]  # compared in _interface.py
+    built = [f"-DCLARA_{name}={json.dumps(fact)}" for name, fact in facts.items()]  # quoted as in C
+    built += ["-DCLARA_WITH_CUDA"] if plan.cuda else []  # until csrc/cuda/absent.cpp is the one place that knows
+    python = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("python/*.cpp")]):
-        yield source.stem, source, cxx + python
+        yield source.stem, source, cxx + built + python
     for source in sorted(SOURCES.glob("cpu/*.cpp")):
         if source.stem != "kernels":
             yield source.stem, source, cxx
             continue
         for name, flags in INSTRUCTION_SETS.items():
             yield f"kernels_{name}", source, [*cxx, *KERNEL_FLAGS, f"-DCLARA_CPU_ISA={name}", *flags]
-    nvcc = [cuda.nvcc, "-ccbin", *plan.compiler[:1], "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC", "--threads=2"]
-    nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
+    nvcc = [cuda.nvcc, "-ccbin", plan.compiler[0], *built, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC"]
+    nvcc += ["--threads=2", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs)]
     nvcc += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in cuda.archs[-1:]]  # for GPUs to come
     for source in sorted(SOURCES.glob("cuda/*.cu" if plan.cuda else "cuda/*.cpp")):
         yield f"cuda_{source.stem}", source, nvcc if plan.cuda else cxx
@@ -237,7 +238,8 @@ class BuildCore(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         (folder / "build.ninja").write_text(ninja_file(plan, self.distribution.get_version(), target, folder))
-        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], stdout=sys.stderr).returncode != 0:
+        ninja = [sys.executable, "-m", "ninja", *os.environ.get("NINJAFLAGS", "").split(), "-C", str(folder)]
+        if subprocess.run(ninja, stdout=sys.stderr).returncode != 0:
             raise SystemExit("The core was not compiled, as said above. CLARA_BUILD=python installs without it.")
 
 

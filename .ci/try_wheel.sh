@@ -5,8 +5,9 @@
 # chooses another PyTorch; PIP_ARGS goes to pip.
 set -eu
 python=$1
-sdist=$2
-constraints=${3:+--constraint $3}
+sdist=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+here=$(cd "$(dirname "$0")" && pwd)
+constraints=${3:+--constraint $(pwd)/$3}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 pip="-m pip --disable-pip-version-check install --quiet --no-compile --prefer-binary $constraints ${PIP_ARGS:-}"
@@ -25,21 +26,7 @@ echo "== a fresh environment, and PyTorch (a minute once downloaded)"
 echo "== with nothing on the path"
 cd "$folder"
 PATH= "$folder/try/bin/python" -m clara_fused
-PATH= "$folder/try/bin/python" - <<'END'
-import torch
-import clara_fused
-
-for optimizer_class in (clara_fused.AdamClaraGlobal, clara_fused.AdamClaraLocal, clara_fused.AdamClaraSmoothed):
-    model = torch.nn.Linear(64, 64)
-    optimizer = optimizer_class(model.parameters(), lr=1e-3, fused=True)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.ones(4, 64)).square().sum().backward()
-        optimizer.step()
-    assert all((new != old).any() for new, old in zip(model.parameters(), before, strict=True))
-    print(f"{optimizer_class.__name__}: scales {torch.cat(optimizer.lr_scales()).tolist()}")
-END
+PATH= "$folder/try/bin/python" "$here/try_step.py"
 ls -l "$folder"/clara_fused-*.whl
 size=$(wc -c < "$(echo "$folder"/clara_fused-*.whl)")
 [ "$size" -lt 10485760 ] || { echo "the wheel is larger than 10 MiB"; exit 1; }
