@@ -105,7 +105,7 @@ bench: $(VENV)/.ready-bench
 
 docs: $(VENV)/.ready-docs
 	@echo "== documentation site (ten seconds)"
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 	@echo "build/site/index.html"
 
 # Needs the build tools alone; torch is neither compiled against nor linked.
