@@ -175,7 +175,6 @@ def compilations(plan: Plan, version: str) -> Iterator[tuple[str, Path, list[str
     facts["WHY_NOT_MORE"] = "" if plan.cuda else plan.why_not_more
     facts["INTERFACE"] = sha256(DECLARATION.read_bytes()).hexdigest()[:16]  # compared in _interface.py
     built = [f"-DCLARA_{name}={json.dumps(fact)}" for name, fact in facts.items()]  # quoted as in C
-    built += ["-DCLARA_WITH_CUDA"] if plan.cuda else []  # until csrc/cuda/absent.cpp is the one place that knows
     python = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("python/*.cpp")]):
         yield source.stem, source, cxx + built + python

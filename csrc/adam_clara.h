@@ -1,8 +1,8 @@
 // The formulas of AdamClara, written once for host and device. No loops over tensors, no memory layout, no threads:
 // CPU loops and CUDA kernels both call these functions, so a test of one back end tests the arithmetic of the other.
 //
-// Notation as in docs/algorithm.md: m, v moments; u Adam's step; path the decaying sum of steps; N its squared norm;
-// kappa the expected path^2 of one element under pure noise; mu the learning-rate scale.
+// Notation as in docs/algorithm.md: m, v moments; d the denominator of Adam's step u; g~ = g/d the gradient in units of
+// its own size; path the decaying sum of steps; mu the learning-rate scale.
 #pragma once
 
 #include <cmath>
@@ -19,57 +19,36 @@
 namespace clara {
 
 // ---------------------------------------------------------------------------------------------------------------
-// Options of one param group, as the host reads them at every step. Doubles: rounding happens once, where the
-// arithmetic type of a tensor is known.
+// Options of one param group, as the host reads them at every step. Doubles, flags as well (0 or 1): rounding happens
+// once, where the arithmetic type of a tensor is known, and Python fills all of them alike, by these names.
 // ---------------------------------------------------------------------------------------------------------------
 
-// Where kappa_t comes from: `table[t-1]` for t <= length, then the geometric approach to the limit that is left once
-// Adam's bias correction has died out. A fixed reference is a table of length 0 whose limit is that number. For a walk
-// of measured steps see measured_walk_table.
-struct ReferenceTable {
-  const double* values;  // on the device of the tensors
-  int64_t length;
-  double limit;
-  double log_tail_decay;  // log(q^2), -inf for smoothing 1
-};
-
-enum class ScaleRule : int32_t {
-  kFactor,    // Global, Local: mu follows the factor at once
-  kSmoothed,  // Smoothed: mu follows a moving average with weight lr_smoothing
-};
-
-// What the reference is counted in. It decides as well how the scale answers to the path; see path_excess.
-enum class WalkUnit : int32_t {
-  kElement,      // the tensor's elements: steps as long as pure noise makes them
-  kStepSquared,  // the squares of the step just measured
-};
+#define CLARA_GROUP_OPTIONS(X)                                                                                   \
+  X(lr)                                                                                                          \
+  X(beta1) X(beta2)                                                                                              \
+  X(log_beta1) X(log_beta2) /* natural logarithms, -inf for 0 */                                                 \
+  X(eps) X(weight_decay) X(maximize) X(decoupled_weight_decay)                                                   \
+  X(smoothing) X(damping)                                                                                        \
+  X(reference) /* 0: the random walk; else what path^2 of one element is compared with */                        \
+  X(clip_low) X(clip_high) /* 0 and +inf for clip=None */                                                        \
+  X(lr_smoothing) X(scale_low) X(scale_high) X(adapt_lr)
 
 struct GroupOptions {
-  double lr;
-  const void* lr_tensor;        // one element on the tensors' device; null: use lr
-  int32_t lr_tensor_is_double;  // float64 instead of float32
-  int32_t maximize;
-  int32_t decoupled_weight_decay;
-  int32_t accumulate;
-  int32_t adapt_lr;
-  ScaleRule scale_rule;
-  WalkUnit walk_unit;
-  int32_t reserved;
-  double beta1, beta2;
-  double log_beta1, log_beta2;  // natural logarithms, from the host in double; -inf for 0
-  double eps;
-  double weight_decay;
-  double path_decay;  // q = 1 - smoothing
-  double path_gain;   // s = sqrt(smoothing (2 - smoothing))
-  double factor_gain;          // smoothing / (2 damping)
-  double clip_low, clip_high;  // 0 and +inf for clip=None
-  double lr_smoothing;
-  double scale_low, scale_high;
-  ReferenceTable reference;
+#define CLARA_MEMBER(name) double name;
+  CLARA_GROUP_OPTIONS(CLARA_MEMBER)
+#undef CLARA_MEMBER
+  const void* lr_tensor;        // one element on the tensors' device, in place of lr; null: lr it is
+  int64_t lr_tensor_is_double;  // float64 instead of float32
 };
 
+CLARA_HD double learning_rate(const GroupOptions& options) {
+  if (options.lr_tensor == nullptr) return options.lr;
+  return options.lr_tensor_is_double ? *static_cast<const double*>(options.lr_tensor)
+                                     : static_cast<double>(*static_cast<const float*>(options.lr_tensor));
+}
+
 // ---------------------------------------------------------------------------------------------------------------
-// Scalars of one tensor in one step, rounded to its arithmetic type T (float, or double for float64 parameters).
+// Coefficients of one tensor in one step, rounded to its arithmetic type T (float, or double for float64 parameters)
 // ---------------------------------------------------------------------------------------------------------------
 
 // 1 - beta^t. expm1 keeps full relative accuracy in float, where 1 - powf(0.999f, 1) would have lost four digits.
@@ -79,65 +58,65 @@ CLARA_HD T bias_correction(double log_beta, T step) {
 }
 
 template <typename T>
-struct DirectionCoefficients {
-  T inverse_bias1;
-  T inverse_bias2;
+struct AdamCoefficients {
+  T grad_factor;  // 1 / grad_scale, negative to maximize
+  T coupled_decay;
+  T beta1, one_minus_beta1;
+  T beta2, one_minus_beta2;
+  T inverse_bias1;       // 1 / (1 - beta1^t)
+  T inverse_root_bias2;  // 1 / sqrt(1 - beta2^t)
   T eps;
 };
 
 template <typename T>
 struct MeasureCoefficients {
-  T grad_factor;  // 1 / grad_scale, negative to maximize
-  T coupled_decay;
-  T beta1, one_minus_beta1;
-  T beta2, one_minus_beta2;
-  T path_decay, path_gain;
-  DirectionCoefficients<T> direction;
+  AdamCoefficients<T> adam;
+  T path_decay, path_gain;  // q, s
+  bool moves;               // false where lr is 0: what does not move has no path and no vote
 };
 
 template <typename T>
-struct ApplyCoefficients {
+struct UpdateCoefficients {
+  AdamCoefficients<T> adam;
   T rate;  // lr * mu
   T decoupled_decay;
-  DirectionCoefficients<T> direction;
 };
 
 // `step` counts from 1: the step being taken.
 template <typename T>
-CLARA_HD DirectionCoefficients<T> direction_coefficients(const GroupOptions& options, T step) {
-  return {T(1) / bias_correction<T>(options.log_beta1, step), T(1) / bias_correction<T>(options.log_beta2, step),
-          static_cast<T>(options.eps)};
-}
-
-template <typename T>
-CLARA_HD MeasureCoefficients<T> measure_coefficients(const GroupOptions& options, T step, const float* grad_scale) {
+CLARA_HD AdamCoefficients<T> adam_coefficients(const GroupOptions& options, T step, const float* grad_scale) {
   const T unscale = grad_scale == nullptr ? T(1) : T(1) / static_cast<T>(*grad_scale);
-  return {options.maximize ? -unscale : unscale,
-          static_cast<T>(options.decoupled_weight_decay ? 0.0 : options.weight_decay),
+  return {options.maximize != 0.0 ? -unscale : unscale,
+          static_cast<T>(options.decoupled_weight_decay != 0.0 ? 0.0 : options.weight_decay),
           static_cast<T>(options.beta1),
           static_cast<T>(1.0 - options.beta1),
           static_cast<T>(options.beta2),
           static_cast<T>(1.0 - options.beta2),
-          static_cast<T>(options.path_decay),
-          static_cast<T>(options.path_gain),
-          direction_coefficients<T>(options, step)};
+          T(1) / bias_correction<T>(options.log_beta1, step),
+          T(1) / std::sqrt(bias_correction<T>(options.log_beta2, step)),
+          static_cast<T>(options.eps)};
 }
 
-CLARA_HD double learning_rate(const GroupOptions& options) {
-  if (options.lr_tensor == nullptr) return options.lr;
-  return options.lr_tensor_is_double ? *static_cast<const double*>(options.lr_tensor)
-                                     : static_cast<double>(*static_cast<const float*>(options.lr_tensor));
+// s: makes unit white noise keep a unit path.
+CLARA_HD double path_gain(double smoothing) { return std::sqrt(smoothing * (2.0 - smoothing)); }
+
+template <typename T>
+CLARA_HD MeasureCoefficients<T> measure_coefficients(const GroupOptions& options, T step, const float* grad_scale) {
+  return {adam_coefficients<T>(options, step, grad_scale), static_cast<T>(1.0 - options.smoothing),
+          static_cast<T>(path_gain(options.smoothing)), learning_rate(options) != 0.0};
 }
 
 template <typename T>
-CLARA_HD ApplyCoefficients<T> apply_coefficients(const GroupOptions& options, T step, float lr_scale) {
-  return {static_cast<T>(learning_rate(options) * static_cast<double>(lr_scale)),
-          static_cast<T>(options.decoupled_weight_decay ? options.weight_decay : 0.0),
-          direction_coefficients<T>(options, step)};
+CLARA_HD UpdateCoefficients<T> update_coefficients(const GroupOptions& options, T step, const float* grad_scale,
+                                                   float lr_scale) {
+  return {adam_coefficients<T>(options, step, grad_scale),
+          static_cast<T>(learning_rate(options) * static_cast<double>(lr_scale)),
+          static_cast<T>(options.decoupled_weight_decay != 0.0 ? options.weight_decay : 0.0)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Element math. V is the arithmetic type T itself (CUDA threads) or a vector of T (CPU loops).
+// Element math. V is the arithmetic type T itself (CUDA threads) or a vector of T (CPU loops). The order of operations
+// is such that nothing overflows that torch.optim.Adam survives: v takes ((1 - beta2) g) g, not (1 - beta2) g^2.
 // ---------------------------------------------------------------------------------------------------------------
 
 template <typename V>
@@ -152,34 +131,18 @@ CLARA_HD V with_decay(V step, T decay, V param) {
 }
 
 template <typename V, typename T>
-CLARA_HD V effective_gradient(V grad, V param, const MeasureCoefficients<T>& c) {
+CLARA_HD V effective_gradient(V grad, V param, const AdamCoefficients<T>& c) {
   return with_decay(grad * c.grad_factor, c.coupled_decay, param);
 }
 
 template <typename V, typename T>
-CLARA_HD V first_moment(V m, V grad, const MeasureCoefficients<T>& c) {
+CLARA_HD V first_moment(V m, V grad, const AdamCoefficients<T>& c) {
   return c.beta1 * m + c.one_minus_beta1 * grad;
 }
 
 template <typename V, typename T>
-CLARA_HD V second_moment(V v, V grad, const MeasureCoefficients<T>& c) {
-  return c.beta2 * v + c.one_minus_beta2 * (grad * grad);
-}
-
-// Adam's step u. Under amsgrad the caller passes the running maximum as v.
-template <typename V, typename T>
-CLARA_HD V adam_direction(V m, V v, const DirectionCoefficients<T>& c) {
-  return (m * c.inverse_bias1) / (square_root(v * c.inverse_bias2) + c.eps);
-}
-
-template <typename V, typename T>
-CLARA_HD V extended_path(V path, V direction, const MeasureCoefficients<T>& c) {
-  return c.path_decay * path + c.path_gain * direction;
-}
-
-template <typename V, typename T>
-CLARA_HD V updated_parameter(V param, V direction, const ApplyCoefficients<T>& c) {
-  return param - c.rate * with_decay(direction, c.decoupled_decay, param);
+CLARA_HD V second_moment(V v, V grad, const AdamCoefficients<T>& c) {
+  return c.beta2 * v + (c.one_minus_beta2 * grad) * grad;
 }
 
 // Propagates NaN like torch.maximum, unlike fmax.
@@ -188,69 +151,145 @@ CLARA_HD V running_maximum(V maximum, V v) {
   return maximum > v ? maximum : (maximum == maximum ? v : maximum);
 }
 
+// d; under amsgrad the caller passes the running maximum as v.
+template <typename V, typename T>
+CLARA_HD V denominator(V v, const AdamCoefficients<T>& c) {
+  return square_root(v) * c.inverse_root_bias2 + c.eps;
+}
+
+// Adam's step u.
+template <typename V, typename T>
+CLARA_HD V adam_step(V m, V d, const AdamCoefficients<T>& c) {
+  return (m / d) * c.inverse_bias1;
+}
+
+template <typename V, typename T>
+CLARA_HD V updated_parameter(V param, V step, const UpdateCoefficients<T>& c) {
+  return param - c.rate * with_decay(step, c.decoupled_decay, param);
+}
+
+template <typename V, typename T>
+CLARA_HD V extended_path(V path, V step, const MeasureCoefficients<T>& c) {
+  return c.path_decay * path + c.path_gain * step;
+}
+
+// What one element adds to the sums of its tensor; see PathSums.
+template <typename V>
+struct ElementSums {
+  V path_sq, step_sq, grad_sq, grad_path;
+};
+
+// `path_before`, `path`: without and with this step. `grad` is the effective gradient.
+template <typename V>
+CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d) {
+  const V unit_grad = grad / d;
+  return {path * path, step * step, unit_grad * unit_grad, unit_grad * path_before};
+}
+
 // ---------------------------------------------------------------------------------------------------------------
-// Adapt: a handful of scalars per tensor (Local, Smoothed) or per optimizer (Global)
+// Adapt: a handful of scalars per tensor. Sums and evidence are additive: over chunks, over the shards of a tensor, and
+// evidence also over tensors, which is all that AdamClaraGlobal adds to the others.
 // ---------------------------------------------------------------------------------------------------------------
 
-// kappa_t, the expected path^2 of one element after `step` steps of pure noise.
-CLARA_HD double random_walk_reference(const ReferenceTable& table, int64_t step) {
-  if (table.length == 0) return table.limit;
-  if (step <= table.length) return table.values[step - 1];
-  const double excess = table.values[table.length - 1] - table.limit;
-  return table.limit + excess * std::exp(static_cast<double>(step - table.length) * table.log_tail_decay);
-}
+// Over the elements of a tensor that have a path, times numel / (number of those).
+struct PathSums {
+  double path_sq;    // N
+  double step_sq;    // U, of Adam's steps u
+  double grad_sq;    // G, of the gradients g~
+  double grad_path;  // X, of g~ times the path before this step
+  double numel;      // n, of all elements
+};
+constexpr int kPathSums = 5;
 
-// The number of the step that follows so many, as an index into tables. A count that is none (negative, infinite or
-// NaN: a damaged checkpoint) must not lead outside of them; what becomes of the parameters then is for Adam's formulas
-// to say.
-CLARA_HD int64_t step_after(float steps_taken) {
-  constexpr float kMost = 4e18f;  // an int64_t holds it
-  if (!(steps_taken > 0.0f)) return 1;
-  return static_cast<int64_t>(steps_taken < kMost ? steps_taken : kMost) + 1;
-}
+// What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
+// gradients that came, in whatever pattern they came. Kept in the state, 0-dim float32 each; zeros before the first step.
+struct WalkState {
+  float moment_sq;    // V: expected sum of m~^2, m~ = m/d
+  float path_moment;  // C: expected sum of path m~
+  float path_sq;      // P: expected sum of path^2
+};
+constexpr int kWalkScalars = 3;
 
-// What a walk in place of the path is expected to give for N.
-CLARA_HD double expected_path_sq(const GroupOptions& options, int64_t step, int64_t numel, double step_sq) {
-  const double kappa = random_walk_reference(options.reference, step);
-  return kappa * (options.walk_unit == WalkUnit::kElement ? static_cast<double>(numel) : step_sq);
-}
+// What the excess is computed from.
+struct Evidence {
+  double path_sq;    // N
+  double walk_sq;    // P
+  double step_sq;    // U (1 + beta1 q) / (1 - beta1 q): a walk's path^2 if all its steps were as long as this one
+  double grad_sq;    // G
+  double grad_path;  // X
+  double numel;      // n
+};
+constexpr int kEvidence = 6;
 
-// Where the learning rate is right, batches still pull back what the last ones overdid: the path is then shorter than a
-// walk of the measured steps, but longer than this share of it. docs/learning_rate.md has the measurements behind it.
-constexpr double kRestingShare = 0.6;
-
-// By how much the path is too long (or, negative, too short); its product with factor_gain is the logarithm of mu's
-// factor. Counted in elements it is r - 1. Counted in measured steps it is relative to the path: at most 1 however long
-// the path, without bound where the path is short, so that mu climbs slowly and falls fast. In between mu rests.
-CLARA_HD double path_excess(double path_sq, double expected_path_sq, WalkUnit unit) {
-  if (unit == WalkUnit::kElement) return path_sq / expected_path_sq - 1.0;
-  const double walk = expected_path_sq / path_sq;
-  if (walk < 1.0) return 1.0 - walk;
-  return kRestingShare * walk > 1.0 ? 1.0 - kRestingShare * walk : 0.0;
-}
-
-// The next mu from the path's squared norm N and its expectation (sums over tensors under Global). mu stays when
-// adaptation is off, when the ratio is not finite and when nothing has moved yet.
-CLARA_HD float adapted_scale(float scale, double path_sq, double expected_path_sq, const GroupOptions& options) {
-  const double ratio = path_sq / expected_path_sq;
-  if (!options.adapt_lr || path_sq == 0.0 || !(std::fabs(ratio) <= 1.7976931348623157e308)) return scale;
-  double factor = std::exp(options.factor_gain * path_excess(path_sq, expected_path_sq, options.walk_unit));
-  factor = factor < options.clip_low ? options.clip_low : (factor > options.clip_high ? options.clip_high : factor);
-  const double previous = static_cast<double>(scale);
-  double next = options.accumulate ? previous * factor : factor;
-  if (options.scale_rule == ScaleRule::kSmoothed) {
-    next = options.lr_smoothing * previous + (1.0 - options.lr_smoothing) * next;
+// The walk after a step with these sums. `step` counts from 1. Kept as it was where a sum is not finite.
+CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, const GroupOptions& options,
+                                 double step) {
+  const double beta1 = options.beta1, q = 1.0 - options.smoothing;
+  const double bias1 = bias_correction<double>(options.log_beta1, step);
+  const bool moves = learning_rate(options) != 0.0;
+  // At a walk's first step the moments may be older than the path (a checkpoint of Adam's): their squares as they are.
+  // From a fresh start this is the recursion's own value.
+  const bool first = walk.path_sq == 0.0f;
+  const double moment_sq = first ? bias1 * bias1 * sums.step_sq
+                                 : beta1 * beta1 * walk.moment_sq + (1.0 - beta1) * (1.0 - beta1) * sums.grad_sq;
+  double path_moment = beta1 * walk.path_moment, path_sq = walk.path_sq;  // where nothing moves, only m does
+  if (moves) {
+    const double a = path_gain(options.smoothing) / bias1;
+    path_sq = q * q * walk.path_sq + 2.0 * q * a * path_moment + a * a * moment_sq;
+    path_moment = q * path_moment + a * moment_sq;
   }
+  const WalkState next = {static_cast<float>(moment_sq), static_cast<float>(path_moment),
+                          static_cast<float>(path_sq)};
+  const float total = next.moment_sq + next.path_moment + next.path_sq;
+  return total - total == 0.0f ? next : walk;
+}
+
+// Zeros, so no vote, where nothing moves or the gradients are all zero.
+CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const GroupOptions& options) {
+  if (learning_rate(options) == 0.0 || sums.grad_sq == 0.0) return {};
+  const double correlation = options.beta1 * (1.0 - options.smoothing);
+  return {sums.path_sq, static_cast<double>(walk.path_sq),
+          sums.step_sq * (1.0 + correlation) / (1.0 - correlation), sums.grad_sq, sums.grad_path, sums.numel};
+}
+
+CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
+
+// By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
+// PROVISIONAL: rule M of the explorations, until the study has found the final one.
+CLARA_HD double excess(const Evidence& e) {
+  constexpr double kPrior = 32.0;  // counts as so many elements of a neutral path: few elements say little
+  const double n = e.numel;
+  const double ratio = (n * (e.path_sq / e.walk_sq) + kPrior) / (n + kPrior);
+  double value = 0.0;
+  if (ratio > 1.25) value = 1.0 - 1.25 / ratio;
+  if (ratio < 0.6) value = 1.0 - 0.6 / ratio;
+  const double agreement = n / (n + kPrior) * e.grad_path / std::sqrt(e.grad_sq * e.path_sq);
+  const double walk = 0.6 * e.step_sq / e.path_sq;
+  if (agreement < -0.15 && walk > 1.0) value += 1.0 - walk;
+  return value;
+}
+
+// The rule as first published, for a fixed expectation of path^2 per element.
+CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path_sq / (e.numel * reference) - 1.0; }
+
+// The next mu. It stays where adaptation is off, where a sum is not finite, and where nothing has moved.
+CLARA_HD float adapted_scale(float scale, const Evidence& e, const GroupOptions& options) {
+  const double value = options.reference != 0.0 ? excess_over(options.reference, e) : excess(e);
+  if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !is_finite(value)) return scale;
+  double factor = std::exp(options.smoothing / (2.0 * options.damping) * value);
+  factor = factor < options.clip_low ? options.clip_low : (factor > options.clip_high ? options.clip_high : factor);
+  const double previous = static_cast<double>(scale), b = options.lr_smoothing;
+  double next = b * previous + (1.0 - b) * (previous * factor);
   next = next < options.scale_low ? options.scale_low : (next > options.scale_high ? options.scale_high : next);
   return static_cast<float>(next);
 }
 
-// Note [Order-free sums]: AdamClaraGlobal adds the norms of all tensors. So that mu does not depend on the order of the
-// parameters, not even in its last bit, the norms are added as integers: multiples of a unit that is chosen from the
-// largest of them (a maximum does not depend on the order either) such that `count` of them cannot overflow. What is
-// lost is below 2^-40 of the largest for a million tensors.
+// Note [Order-free sums]: AdamClaraGlobal adds the evidence of all tensors. So that mu does not depend on the order of
+// the parameters, not even in its last bit, the numbers are added as integers: multiples of a unit that is chosen from
+// the largest magnitude among them (a maximum does not depend on the order either) such that `count` of them cannot
+// overflow. What is lost is below 2^-40 of the largest for a million tensors.
 //
-// The power of two that turns a value of at most `largest` into such an integer.
+// The power of two that turns a value of at most `largest` in magnitude into such an integer.
 CLARA_HD double fixed_point_scale(double largest, int64_t count) {
   int exponent = 0;
   std::frexp(largest, &exponent);  // largest < 2^exponent
@@ -263,5 +302,9 @@ CLARA_HD double fixed_point_scale(double largest, int64_t count) {
 CLARA_HD int64_t to_fixed_point(double value, double scale) { return static_cast<int64_t>(value * scale); }
 
 CLARA_HD double from_fixed_point(int64_t sum, double scale) { return static_cast<double>(sum) / scale; }
+
+// Note [Initial scale]: with initial_scale="cautious" the first step changes an element by at most this share of the
+// root mean square of all parameters, however large lr is (as LARS, LAMB and Adafactor bound every step).
+constexpr double kCautiousShare = 0.01;
 
 }  // namespace clara

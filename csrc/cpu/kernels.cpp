@@ -1,6 +1,10 @@
 // The loops over the elements of a chunk. Compiled once per instruction set (CLARA_CPU_ISA names it).
+//
+// What is the same for a whole chunk (amsgrad, coupled decay, whether anything moves) is asked at every vector: the
+// branches are always predicted, and one loop serves them all.
 #include "kernels.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "storage.h"
@@ -13,29 +17,25 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 
 // How far ahead of the arithmetic the memory is asked for. The hardware's own prefetching stops at every page, and
-// with up to six streams at once that shows.
+// with four streams or more at once that shows. Of a sample, whose pieces lie a page apart, it sees nothing at all.
 constexpr int64_t kPrefetchLines = 16;
+constexpr int64_t kPrefetchPieces = 2;
 
-// The element loops advance by one cache line of the arithmetic type.
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
 template <typename T>
 constexpr int64_t kElementsPerLine = kCacheLine / static_cast<int64_t>(sizeof(T));
 
-template <typename T, typename Storage>
-inline void prefetch(const Storage* at, int64_t lines_ahead) {
-  __builtin_prefetch(at + lines_ahead * kElementsPerLine<T>);
-}
-
 // The streams of a chunk.
-template <typename T, typename Param, typename Grad, typename Path>
+template <typename T, typename Param, typename Grad>
 struct Streams {
   Param* param;
   const Grad* grad;
   T* m;
   T* v;
-  T* v_max;
-  Path* path;
-  T* direction;  // null: not kept
-  bool direction_is_cached;
+  T* v_max;  // null without amsgrad
+  T* path;
 
   explicit Streams(const Chunk& chunk)
       : param(static_cast<Param*>(chunk.param)),
@@ -43,27 +43,67 @@ struct Streams {
         m(static_cast<T*>(chunk.exp_avg)),
         v(static_cast<T*>(chunk.exp_avg_sq)),
         v_max(static_cast<T*>(chunk.max_exp_avg_sq)),
-        path(static_cast<Path*>(chunk.path)),
-        direction(static_cast<T*>(chunk.direction)),
-        direction_is_cached(chunk.direction_is_cached) {}
+        path(static_cast<T*>(chunk.path)) {}
+
+  void prefetch(int64_t i, bool with_param) const {
+    __builtin_prefetch(grad + i);
+    __builtin_prefetch(m + i);
+    __builtin_prefetch(v + i);
+    if (with_param) __builtin_prefetch(param + i);
+    if (v_max != nullptr) __builtin_prefetch(v_max + i);
+  }
 };
 
-// The last elements of a chunk, less than a vector, go through a padded copy: every element meets the same
-// instructions wherever it lies.
+// Elements that do not fill a vector, or do not lie side by side, go through copies of a whole vector: every element
+// meets the same instructions wherever it lies. Lanes without an element hold zeros.
 template <typename T, typename Storage>
-class PaddedCopy {
- public:
-  PaddedCopy(Storage* source, int64_t count, T padding) : source_(source), bytes_(count * sizeof(Storage)) {
-    Stored<typename VectorOf<T>::type>::store(typename VectorOf<T>::type{} + padding, elements);
-    std::memcpy(elements, source, bytes_);
-  }
-  void write_back() { std::memcpy(source_, elements, bytes_); }
+struct Copy {
+  Storage elements[kLanes<T>] = {};
 
-  std::remove_const_t<Storage> elements[kLanes<T>];
+  void take(const Storage* from, int64_t count) {
+    std::memcpy(elements, from, static_cast<size_t>(count) * sizeof(Storage));
+  }
+  // From pieces of `kept` elements, fewer than a vector has, in runs of `run`.
+  void take(const Storage* from, int64_t count, int64_t kept, int64_t run) {
+    if (kept == 1) take_pieces<1>(from, count, run);
+    if (kept == 2) take_pieces<2>(from, count, run);
+    if (kept == 4) take_pieces<4>(from, count, run);
+    if (kept == 8) take_pieces<8>(from, count, run);
+  }
+  void give(Storage* to, int64_t count) const { std::memcpy(to, elements, static_cast<size_t>(count) * sizeof(Storage)); }
 
  private:
-  Storage* source_;
-  size_t bytes_;
+  // Of a constant size, so that a piece is one move.
+  template <int size>
+  void take_pieces(const Storage* from, int64_t count, int64_t run) {
+    if constexpr (size < kLanes<T>) {
+      for (int64_t i = 0; i < count; i += size, from += run) std::memcpy(elements + i, from, size * sizeof(Storage));
+    }
+  }
+};
+
+// What one vector needs of all streams, filled by take(stream, copy).
+template <typename T, typename Param, typename Grad>
+struct Copies {
+  Copy<T, Param> param;
+  Copy<T, Grad> grad;
+  Copy<T, T> m, v, v_max;
+  Streams<T, Param, Grad> streams;  // the copies instead of the tensor's
+
+  template <typename Take>
+  Copies(const Streams<T, Param, Grad>& s, bool with_param, Take take) : streams(s) {
+    if (with_param) take(s.param, param);
+    take(s.grad, grad);
+    take(s.m, m);
+    take(s.v, v);
+    streams.param = param.elements;
+    streams.grad = grad.elements;
+    streams.m = m.elements;
+    streams.v = v.elements;
+    if (s.v_max == nullptr) return;
+    take(s.v_max, v_max);
+    streams.v_max = v_max.elements;
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -74,14 +114,11 @@ class PaddedCopy {
 // are alike, as they are at a first step.
 template <typename T>
 struct LaneSums {
-  using V = typename VectorOf<T>::type;
-  static constexpr int64_t kBlock = 16 * kElementsPerLine<T>;
-
-  V block{}, blocks{};
+  Vector<T> block{}, blocks{};
 
   inline void end_block() {
     blocks += block;
-    block = V{};
+    block = Vector<T>{};
   }
   inline double total() {
     end_block();
@@ -92,243 +129,166 @@ struct LaneSums {
 };
 
 template <typename T>
-struct ChunkSums {
-  LaneSums<T> path_sq;  // of the path as stored
-  LaneSums<T> step_sq;
+struct Sums {
+  static constexpr int64_t kBlock = 16 * kElementsPerLine<T>;
+
+  LaneSums<T> path_sq, step_sq, grad_sq, grad_path;
+
+  inline void add(const ElementSums<Vector<T>>& elements) {
+    path_sq.block += elements.path_sq;
+    step_sq.block += elements.step_sq;
+    grad_sq.block += elements.grad_sq;
+    grad_path.block += elements.grad_path;
+  }
+  inline void end_block() {
+    path_sq.end_block();
+    step_sq.end_block();
+    grad_sq.end_block();
+    grad_path.end_block();
+  }
+  inline ChunkSums totals() { return {path_sq.total(), step_sq.total(), grad_sq.total(), grad_path.total()}; }
 };
 
-// One vector of elements at index i.
-template <typename T, MeasureMode mode, bool amsgrad, typename Streams>
-inline void measure_vector(const Streams& s, int64_t i, const MeasureCoefficients<T>& c,
-                           const ApplyCoefficients<T>& a, ChunkSums<T>& sums) {
-  using V = typename VectorOf<T>::type;
+// One vector of elements at index i whose path is at index p.
+template <typename T, typename Param, typename Grad>
+inline ElementSums<Vector<T>> measure_vector(const Streams<T, Param, Grad>& s, int64_t i, int64_t p,
+                                             const MeasureCoefficients<T>& c) {
+  using V = Vector<T>;
   using S = Stored<V>;
   V param{};
-  if constexpr (mode != MeasureMode::kPlain) param = S::load(s.param + i);
-  V grad = S::load(s.grad + i);
-  grad = mode == MeasureMode::kPlain ? grad * c.grad_factor : effective_gradient(grad, param, c);
-  const V m = first_moment(S::load(s.m + i), grad, c);
-  V v = second_moment(S::load(s.v + i), grad, c);
-  S::store(m, s.m + i);
-  S::store(v, s.v + i);
-  if constexpr (amsgrad) {
-    v = running_maximum(S::load(s.v_max + i), v);
-    S::store(v, s.v_max + i);
+  if (c.adam.coupled_decay != T(0)) param = S::load(s.param + i);
+  const V grad = effective_gradient(S::load(s.grad + i), param, c.adam);
+  const V m = first_moment(S::load(s.m + i), grad, c.adam);
+  V v = second_moment(S::load(s.v + i), grad, c.adam);
+  if (s.v_max != nullptr) v = running_maximum(S::load(s.v_max + i), v);
+  const V d = denominator(v, c.adam);
+  const V step = adam_step(m, d, c.adam);
+  const V path_before = S::load(s.path + p);
+  V path = path_before;
+  if (c.moves) {
+    path = extended_path(path_before, step, c);
+    S::store(path, s.path + p);
   }
-  const V direction = adam_direction(m, v, c.direction);
-  if constexpr (mode != MeasureMode::kApply) {
-    if (s.direction != nullptr) {
-      if (s.direction_is_cached) {
-        S::store(direction, s.direction + i);
-      } else {
-        stream(direction, s.direction + i);
+  return element_sums(path_before, path, step, grad, d);
+}
+
+// The same for less than a vector, or for pieces shorter than one.
+template <typename T, typename Param, typename Grad>
+inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, int64_t i, int64_t p, int64_t count,
+                                             int64_t kept, int64_t run, const MeasureCoefficients<T>& c) {
+  Copies<T, Param, Grad> copies(s, c.adam.coupled_decay != T(0), [&](const auto* from, auto& to) {
+    kept < count ? to.take(from + i, count, kept, run) : to.take(from + i, count);
+  });
+  Copy<T, T> path;
+  path.take(s.path + p, count);
+  copies.streams.path = path.elements;
+  ElementSums<Vector<T>> sums = measure_vector(copies.streams, 0, 0, c);
+  if (c.moves) path.give(s.path + p, count);
+  // Not what empty lanes have come to: without eps they hold 0 / 0.
+  for (int64_t lane = count; lane < kLanes<T>; ++lane) {
+    sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = sums.grad_path[lane] = T(0);
+  }
+  return sums;
+}
+
+template <typename T, typename Param, typename Grad>
+ChunkSums measure_chunk(const Chunk& chunk, const void* coefficients) {
+  // A copy: the compiler must not fear that a store into a tensor changes it.
+  const auto c = *static_cast<const MeasureCoefficients<T>*>(coefficients);
+  const Streams<T, Param, Grad> s(chunk);
+  const bool whole = chunk.kept == chunk.run;  // one piece
+  const int64_t count = chunk.count, kept = whole ? count : chunk.kept, run = whole ? count : chunk.run;
+  const int64_t ahead = whole ? kPrefetchLines * kElementsPerLine<T> : kPrefetchPieces * run;
+  Sums<T> sums;
+  int64_t p = 0;
+  if (kept >= kLanes<T>) {
+    for (int64_t piece = 0; p + kLanes<T> <= count; piece += run) {
+      for (int64_t i = piece; i + kLanes<T> <= piece + kept; i += kLanes<T>, p += kLanes<T>) {
+        if (p % Sums<T>::kBlock == 0) sums.end_block();
+        if ((i - piece) % kElementsPerLine<T> == 0) s.prefetch(i + ahead, c.adam.coupled_decay != T(0));
+        sums.add(measure_vector(s, i, p, c));
       }
     }
   }
-  S::store(extended_path(S::load(s.path + i), direction, c), s.path + i);
-  const V stored_path = S::load(s.path + i);
-  sums.path_sq.block += stored_path * stored_path;
-  sums.step_sq.block += direction * direction;
-  if constexpr (mode == MeasureMode::kApply) S::store(updated_parameter(param, direction, a), s.param + i);
+  for (; p < count; p += kLanes<T>) {
+    if (p % Sums<T>::kBlock == 0) sums.end_block();
+    const int64_t i = p / kept * run + p % kept;
+    if (!whole) s.prefetch(i + ahead, c.adam.coupled_decay != T(0));
+    sums.add(measure_copies(s, i, p, std::min<int64_t>(kLanes<T>, count - p), kept, run, c));
+  }
+  return sums.totals();
 }
 
-template <typename T, typename Param, typename Grad, typename Path, MeasureMode mode, bool amsgrad>
-PartialSums<double> measure_chunk(const Chunk& chunk, const void* measure_coefficients,
-                                  const void* apply_coefficients) {
-  constexpr int64_t kStep = kElementsPerLine<T>;
-  // Copies: the compiler must not fear that a store into a tensor changes them.
-  const auto c = *static_cast<const MeasureCoefficients<T>*>(measure_coefficients);
-  const auto a = mode == MeasureMode::kApply ? *static_cast<const ApplyCoefficients<T>*>(apply_coefficients)
-                                             : ApplyCoefficients<T>{};
-  const Streams<T, Param, Grad, Path> s(chunk);
-  ChunkSums<T> sums;
+// ---------------------------------------------------------------------------------------------------------------
+// Update
+// ---------------------------------------------------------------------------------------------------------------
+
+template <typename T, typename Param, typename Grad>
+inline void update_vector(const Streams<T, Param, Grad>& s, int64_t i, const UpdateCoefficients<T>& c) {
+  using V = Vector<T>;
+  using S = Stored<V>;
+  const V param = S::load(s.param + i);
+  const V grad = effective_gradient(S::load(s.grad + i), param, c.adam);
+  const V m = first_moment(S::load(s.m + i), grad, c.adam);
+  V v = second_moment(S::load(s.v + i), grad, c.adam);
+  S::store(m, s.m + i);
+  S::store(v, s.v + i);
+  if (s.v_max != nullptr) {
+    v = running_maximum(S::load(s.v_max + i), v);
+    S::store(v, s.v_max + i);
+  }
+  const V step = adam_step(m, denominator(v, c.adam), c.adam);
+  S::store(updated_parameter(param, step, c), s.param + i);
+}
+
+template <typename T, typename Param, typename Grad>
+void update_chunk(const Chunk& chunk, const void* coefficients) {
+  constexpr int64_t kLine = kElementsPerLine<T>;
+  const auto c = *static_cast<const UpdateCoefficients<T>*>(coefficients);
+  const Streams<T, Param, Grad> s(chunk);
   int64_t i = 0;
-  for (; i + kStep <= chunk.numel; i += kStep) {
-    if (i % LaneSums<T>::kBlock == 0) {
-      sums.path_sq.end_block();
-      sums.step_sq.end_block();
-    }
-    prefetch<T>(s.grad + i, kPrefetchLines);
-    prefetch<T>(s.m + i, kPrefetchLines);
-    prefetch<T>(s.v + i, kPrefetchLines);
-    prefetch<T>(s.path + i, kPrefetchLines);
-    if constexpr (mode != MeasureMode::kPlain) prefetch<T>(s.param + i, kPrefetchLines);
-    if constexpr (amsgrad) prefetch<T>(s.v_max + i, kPrefetchLines);
-    for (int64_t j = i; j < i + kStep; j += kLanes<T>) measure_vector<T, mode, amsgrad>(s, j, c, a, sums);
+  for (; i + kLine <= chunk.count; i += kLine) {
+    s.prefetch(i + kPrefetchLines * kLine, true);
+    for (int64_t j = i; j < i + kLine; j += kLanes<T>) update_vector(s, j, c);
   }
-  for (; i + kLanes<T> <= chunk.numel; i += kLanes<T>) measure_vector<T, mode, amsgrad>(s, i, c, a, sums);
-  if (const int64_t rest = chunk.numel - i; rest > 0) {
-    // Padding of v = 1 and everything else = 0 makes a step and a path of exactly 0, also with eps = 0.
-    Streams<T, Param, Grad, Path> padded = s;
-    Grad grad[kLanes<T>] = {};
-    std::memcpy(grad, s.grad + i, static_cast<size_t>(rest) * sizeof(Grad));
-    PaddedCopy<T, T> m(s.m + i, rest, T(0)), v(s.v + i, rest, T(1));
-    PaddedCopy<T, T> v_max(amsgrad ? s.v_max + i : s.v + i, rest, T(1));
-    PaddedCopy<T, Path> path(s.path + i, rest, T(0));
-    padded.grad = grad;
-    padded.m = m.elements;
-    padded.v = v.elements;
-    padded.v_max = v_max.elements;
-    padded.path = path.elements;
-    if (s.direction != nullptr) padded.direction = s.direction + i;  // there is room for a whole chunk
-    if constexpr (mode == MeasureMode::kPlain) {
-      measure_vector<T, mode, amsgrad>(padded, 0, c, a, sums);
-    } else {
-      PaddedCopy<T, Param> param(s.param + i, rest, T(0));
-      padded.param = param.elements;
-      measure_vector<T, mode, amsgrad>(padded, 0, c, a, sums);
-      if constexpr (mode == MeasureMode::kApply) param.write_back();
-    }
-    m.write_back();
-    v.write_back();
-    if constexpr (amsgrad) v_max.write_back();
-    path.write_back();
+  for (; i + kLanes<T> <= chunk.count; i += kLanes<T>) update_vector(s, i, c);
+  if (const int64_t rest = chunk.count - i; rest > 0) {
+    Copies<T, Param, Grad> copies(s, true, [&](const auto* from, auto& to) { to.take(from + i, rest); });
+    update_vector(copies.streams, 0, c);
+    copies.param.give(s.param + i, rest);
+    copies.m.give(s.m + i, rest);
+    copies.v.give(s.v + i, rest);
+    if (s.v_max != nullptr) copies.v_max.give(s.v_max + i, rest);
   }
-  if (s.direction != nullptr && !s.direction_is_cached) end_streaming();
-  return {sums.path_sq.total(), sums.step_sq.total()};
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// Apply
-// ---------------------------------------------------------------------------------------------------------------
-
-// Adam's step, computed anew from the moments.
-template <typename T>
-struct DirectionOfMoments {
-  using V = typename VectorOf<T>::type;
-  const T* m;
-  const T* v;
-
-  void prefetch_before(int64_t i) const {
-    prefetch<T>(m + i, -kPrefetchLines);
-    prefetch<T>(v + i, -kPrefetchLines);
-  }
-  V at(int64_t i, const ApplyCoefficients<T>& a) const {
-    return adam_direction(Stored<V>::load(m + i), Stored<V>::load(v + i), a.direction);
-  }
-  V rest_at(int64_t i, int64_t count, const ApplyCoefficients<T>& a) const {
-    const PaddedCopy<T, const T> m_rest(m + i, count, T(0)), v_rest(v + i, count, T(1));
-    return DirectionOfMoments{m_rest.elements, v_rest.elements}.at(0, a);
-  }
-};
-
-// Adam's step as measure left it: the same bits.
-template <typename T>
-struct KeptDirection {
-  using V = typename VectorOf<T>::type;
-  const T* direction;
-
-  void prefetch_before(int64_t i) const { prefetch<T>(direction + i, -kPrefetchLines); }
-  V at(int64_t i, const ApplyCoefficients<T>&) const { return Stored<V>::load(direction + i); }
-  V rest_at(int64_t i, int64_t, const ApplyCoefficients<T>& a) const { return at(i, a); }
-};
-
-template <typename T, typename Param>
-inline void apply_vector(Param* param, typename VectorOf<T>::type direction, const ApplyCoefficients<T>& a) {
-  using S = Stored<typename VectorOf<T>::type>;
-  S::store(updated_parameter(S::load(param), direction, a), param);
-}
-
-template <typename T, typename Param, typename Direction>
-inline void apply_directions(Param* param, int64_t numel, const Direction direction, const ApplyCoefficients<T> a) {
-  constexpr int64_t kStep = kElementsPerLine<T>;
-  const auto vectors = [&](int64_t first, int64_t last) {
-    for (int64_t i = last - kLanes<T>; i >= first; i -= kLanes<T>) apply_vector<T>(param + i, direction.at(i, a), a);
-  };
-  const auto line = [&](int64_t i) {
-    prefetch<T>(param + i, -kPrefetchLines);
-    direction.prefetch_before(i);
-    vectors(i, i + kStep);
-  };
-  // Backwards: the tail is what measure left in the cache.
-  int64_t end = numel;
-  if (const int64_t rest = end % kLanes<T>; rest > 0) {
-    end -= rest;
-    PaddedCopy<T, Param> param_rest(param + end, rest, T(0));
-    apply_vector<T>(param_rest.elements, direction.rest_at(end, rest, a), a);
-    param_rest.write_back();
-  }
-  // Both halves at once: two or three streams alone leave the memory idle at times.
-  const int64_t half = end / (2 * kStep) * kStep;
-  vectors(2 * half, end);
-  for (int64_t i = half - kStep; i >= 0; i -= kStep) {
-    line(half + i);
-    line(i);
-  }
-}
-
-template <typename T, typename Param>
-void apply_chunk(const Chunk& chunk, const void* apply_coefficients) {
-  const auto a = *static_cast<const ApplyCoefficients<T>*>(apply_coefficients);
-  Param* param = static_cast<Param*>(chunk.param);
-  if (chunk.direction != nullptr) {
-    apply_directions<T>(param, chunk.numel, KeptDirection<T>{static_cast<const T*>(chunk.direction)}, a);
-    return;
-  }
-  const void* v = chunk.max_exp_avg_sq != nullptr ? chunk.max_exp_avg_sq : chunk.exp_avg_sq;
-  const DirectionOfMoments<T> direction{static_cast<const T*>(chunk.exp_avg), static_cast<const T*>(v)};
-  apply_directions<T>(param, chunk.numel, direction, a);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // From runtime dtypes to one of the loops above
 // ---------------------------------------------------------------------------------------------------------------
 
-template <typename T, typename Param, typename Grad, typename Path>
-MeasureChunk measure_for_mode(MeasureMode mode, bool amsgrad) {
-  switch (mode) {
-    case MeasureMode::kPlain:
-      // Does not touch the parameter, so one loop serves all its storage types.
-      return amsgrad ? measure_chunk<T, T, Grad, Path, MeasureMode::kPlain, true>
-                     : measure_chunk<T, T, Grad, Path, MeasureMode::kPlain, false>;
-    case MeasureMode::kCoupled:
-      return amsgrad ? measure_chunk<T, Param, Grad, Path, MeasureMode::kCoupled, true>
-                     : measure_chunk<T, Param, Grad, Path, MeasureMode::kCoupled, false>;
-    case MeasureMode::kApply:
-      return amsgrad ? measure_chunk<T, Param, Grad, Path, MeasureMode::kApply, true>
-                     : measure_chunk<T, Param, Grad, Path, MeasureMode::kApply, false>;
-  }
-  return nullptr;
-}
-
 template <typename T, typename Param, typename Grad>
-MeasureChunk measure_for_path(DType path, MeasureMode mode, bool amsgrad) {
-  if (path == DType::kFloat32) return measure_for_mode<T, Param, Grad, float>(mode, amsgrad);
-  if (path == DType::kBFloat16) return measure_for_mode<T, Param, Grad, BFloat16>(mode, amsgrad);
-  return nullptr;
-}
+constexpr Loops kLoops = {measure_chunk<T, Param, Grad>, update_chunk<T, Param, Grad>};
 
-MeasureChunk find_measure(DType param, DType grad, DType path, MeasureMode mode, bool amsgrad) {
+Loops find_loops(DType param, DType grad) {
   switch (param) {
     case DType::kFloat32:
-      if (grad == DType::kFloat32) return measure_for_path<float, float, float>(path, mode, amsgrad);
-      if (grad == DType::kBFloat16) return measure_for_path<float, float, BFloat16>(path, mode, amsgrad);
-      if (grad == DType::kFloat16) return measure_for_path<float, float, Float16>(path, mode, amsgrad);
-      return nullptr;
+      if (grad == DType::kFloat32) return kLoops<float, float, float>;
+      if (grad == DType::kBFloat16) return kLoops<float, float, BFloat16>;
+      if (grad == DType::kFloat16) return kLoops<float, float, Float16>;
+      break;
     case DType::kBFloat16:
-      if (grad == DType::kBFloat16) return measure_for_path<float, BFloat16, BFloat16>(path, mode, amsgrad);
-      if (grad == DType::kFloat32) return measure_for_path<float, BFloat16, float>(path, mode, amsgrad);
-      return nullptr;
+      if (grad == DType::kBFloat16) return kLoops<float, BFloat16, BFloat16>;
+      if (grad == DType::kFloat32) return kLoops<float, BFloat16, float>;
+      break;
     case DType::kFloat16:
-      if (grad == DType::kFloat16) return measure_for_path<float, Float16, Float16>(path, mode, amsgrad);
-      if (grad == DType::kFloat32) return measure_for_path<float, Float16, float>(path, mode, amsgrad);
-      return nullptr;
+      if (grad == DType::kFloat16) return kLoops<float, Float16, Float16>;
+      if (grad == DType::kFloat32) return kLoops<float, Float16, float>;
+      break;
     case DType::kFloat64:
-      if (grad != DType::kFloat64) return nullptr;
-      if (path == DType::kFloat64) return measure_for_mode<double, double, double, double>(mode, amsgrad);
-      return measure_for_path<double, double, double>(path, mode, amsgrad);
+      if (grad == DType::kFloat64) return kLoops<double, double, double>;
+      break;
   }
-  return nullptr;
-}
-
-ApplyChunk find_apply(DType param) {
-  switch (param) {
-    case DType::kFloat32: return apply_chunk<float, float>;
-    case DType::kBFloat16: return apply_chunk<float, BFloat16>;
-    case DType::kFloat16: return apply_chunk<float, Float16>;
-    case DType::kFloat64: return apply_chunk<double, double>;
-  }
-  return nullptr;
+  return {};
 }
 
 #define CLARA_STRING_(x) #x
@@ -336,7 +296,7 @@ ApplyChunk find_apply(DType param) {
 
 }  // namespace
 
-const Kernels kKernels = {CLARA_STRING(CLARA_CPU_ISA), find_measure, find_apply};
+const Kernels kKernels = {CLARA_STRING(CLARA_CPU_ISA), find_loops};
 
 }  // namespace CLARA_CPU_ISA
 }  // namespace cpu

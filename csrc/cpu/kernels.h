@@ -15,27 +15,28 @@ struct Chunk {
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
   void* path;
-  void* direction;  // where measure leaves Adam's step for apply, in the arithmetic type; null: apply computes it anew
-  bool direction_is_cached;  // the caches have what is there now; otherwise measure stores past them
-  int64_t numel;
+  int64_t count;  // of elements in update, of elements with a path in measure
+  int64_t run, kept;  // see Note [Sampled path]
 };
 
-enum class MeasureMode {
-  kPlain,    // does not touch the parameter
-  kCoupled,  // reads the parameter for the coupled weight decay
-  kApply,    // also takes the step, with the scale from before (deferred)
+// See PathSums; of the elements that the chunk has looked at, not scaled to others.
+struct ChunkSums {
+  double path_sq, step_sq, grad_sq, grad_path;
 };
 
-// Coefficients have the arithmetic type of the parameter: MeasureCoefficients<double> for float64, <float> otherwise.
-using MeasureChunk = PartialSums<double> (*)(const Chunk&, const void* measure_coefficients,
-                                             const void* apply_coefficients);
-using ApplyChunk = void (*)(const Chunk&, const void* apply_coefficients);
+// Coefficients have the arithmetic type of the parameter: double for float64, float otherwise.
+using MeasureChunk = ChunkSums (*)(const Chunk&, const void* measure_coefficients);
+using UpdateChunk = void (*)(const Chunk&, const void* update_coefficients);
+
+struct Loops {
+  MeasureChunk measure;
+  UpdateChunk update;
+};
 
 struct Kernels {
   const char* instruction_set;
-  // Null where the combination of storage types is not served.
-  MeasureChunk (*measure)(DType param, DType grad, DType path, MeasureMode mode, bool amsgrad);
-  ApplyChunk (*apply)(DType param);
+  // Nulls where the combination of storage types is not served.
+  Loops (*loops)(DType param, DType grad);
 };
 
 namespace baseline {

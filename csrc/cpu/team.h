@@ -33,18 +33,20 @@ class Barrier {
   std::atomic<int> phase_{0};
 };
 
-// Deals out items [first, last): to each member a contiguous share, so that it streams through memory, then what is
+// Deals out items 0 to count - 1: to each member a contiguous share, so that it streams through memory, then what is
 // left of the others' shares. There may be fewer members than shares.
 class Shares {
  public:
-  explicit Shares(int members) : members_(members), shares_(new Share[static_cast<size_t>(members)]) {}
+  Shares(int members, int64_t count) : members_(members), shares_(new Share[static_cast<size_t>(members)]) {
+    deal(count);
+  }
 
-  // Not while a member is at work on them.
-  void deal(int64_t first, int64_t last) {
+  // Anew; not while a member is at work on them.
+  void deal(int64_t count) {
     for (int member = 0; member < members_; ++member) {
       shares_[member].taken.store(0, std::memory_order_relaxed);
-      shares_[member].first = first + (last - first) * member / members_;
-      shares_[member].last = first + (last - first) * (member + 1) / members_;
+      shares_[member].first = count * member / members_;
+      shares_[member].last = count * (member + 1) / members_;
     }
   }
 

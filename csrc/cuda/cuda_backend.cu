@@ -14,20 +14,28 @@
 #include "scalar_kernels.cuh"
 #include "storage.cuh"
 
+// Both are setup.py's to say.
+#ifndef CLARA_CUDA_TOOLKIT
+#define CLARA_CUDA_TOOLKIT ""
+#endif
+#ifndef CLARA_CUDA_ARCHITECTURES
+#define CLARA_CUDA_ARCHITECTURES ""
+#endif
+
 namespace clara {
 namespace cuda {
 namespace {
 
 constexpr int64_t aligned_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
+constexpr int64_t chunks_of(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
+
 // A named stretch of time in a profiler's view; free when none listens.
 class ProfilerRange {
  public:
   ProfilerRange(const char* verb, const TensorList& list) {
-    constexpr const char* kVariantNames[] = {"global", "local", "smoothed"};
     char text[96];
-    std::snprintf(text, sizeof text, "clara.%s (%s, %lld tensors)", verb,
-                  kVariantNames[static_cast<int>(list.variant)], static_cast<long long>(list.count));
+    std::snprintf(text, sizeof text, "clara.%s (%lld tensors)", verb, static_cast<long long>(list.count));
     nvtxRangePushA(text);
   }
   ~ProfilerRange() { nvtxRangePop(); }
@@ -39,57 +47,66 @@ class ProfilerRange {
 // Cutting a list into launches; see Note [Launch arguments]
 // ---------------------------------------------------------------------------------------------------------------
 
+// What a kernel's blocks stand for, and so what it must be told.
+enum class Work { kChunks, kPathChunks, kTensors };
+
 // Consecutive tensors of a list, and the groups they refer to.
 struct Run {
   int64_t first_tensor, last_tensor;
   int32_t first_group, last_group;
 
-  int64_t payload_bytes(bool with_grads) const {
-    const int64_t grads = with_grads ? (last_tensor - first_tensor) * static_cast<int64_t>(sizeof(void*)) : 0;
-    return grads + (last_group - first_group) * static_cast<int64_t>(sizeof(GroupOptions));
+  int64_t payload_bytes(Work work) const {
+    const int64_t grads = work == Work::kTensors ? 0 : last_tensor - first_tensor;
+    return grads * static_cast<int64_t>(sizeof(void*)) +
+           (last_group - first_group) * static_cast<int64_t>(sizeof(GroupOptions));
   }
 };
 
 // The longest run from `first` on that one launch can take.
-Run longest_run(const TensorList& list, int64_t first, bool with_grads) {
+Run longest_run(const TensorList& list, int64_t first, Work work) {
   const Run all = {first, list.count, 0, static_cast<int32_t>(list.group_count)};
-  if (all.payload_bytes(with_grads) <= LargeArguments::kPayloadBytes) return all;
+  if (all.payload_bytes(work) <= LargeArguments::kPayloadBytes) return all;
   Run run = {first, first, list.tensors[first].group, list.tensors[first].group};
   while (run.last_tensor < list.count) {
     const int32_t group = list.tensors[run.last_tensor].group;
     const Run longer = {first, run.last_tensor + 1, group < run.first_group ? group : run.first_group,
                         group >= run.last_group ? group + 1 : run.last_group};
-    if (longer.payload_bytes(with_grads) > LargeArguments::kPayloadBytes) break;
+    if (longer.payload_bytes(work) > LargeArguments::kPayloadBytes) break;
     run = longer;
   }
   return run;
 }
 
 template <typename Arguments>
-void fill(Arguments& arguments, const TensorList& list, const Placement& where, const Run& run, bool with_grads) {
-  const Layout offsets = layout(list.count, list.chunk_count);
+void fill(Arguments& arguments, const TensorList& list, const Placement& where, const Run& run, Work work) {
+  const Layout offsets = layout(list.count, {list.chunk_count, list.path_chunk_count});
   char* memory = static_cast<char*>(where.memory);
+  const bool of_path = work == Work::kPathChunks;
   arguments.tensors = reinterpret_cast<const TensorRecord*>(memory + offsets.tensors);
-  arguments.tensor_of_chunk = reinterpret_cast<const int32_t*>(memory + offsets.tensor_of_chunk);
+  arguments.tensor_of_chunk =
+      reinterpret_cast<const int32_t*>(memory + (of_path ? offsets.tensor_of_path_chunk : offsets.tensor_of_chunk));
   arguments.arrivals = reinterpret_cast<uint32_t*>(memory + offsets.arrivals);
-  arguments.partial_sums = reinterpret_cast<PartialSums<float>*>(memory + offsets.partial_sums);
-  arguments.sums = reinterpret_cast<PathSums*>(memory + offsets.sums);
   arguments.list_count = list.count;
+  arguments.partial_sums = reinterpret_cast<ElementSums<float>*>(memory + offsets.partial_sums);
+  arguments.sums = nullptr;
+  arguments.evidence = reinterpret_cast<Evidence*>(memory + offsets.evidence);
   arguments.grad_scale = list.grad_scale;
   arguments.found_inf = list.found_inf;
 
+  const auto first_chunk_of = [&](int64_t tensor) {
+    if (tensor == list.count) return of_path ? list.path_chunk_count : list.chunk_count;
+    return of_path ? list.tensors[tensor].first_path_chunk : list.tensors[tensor].first_chunk;
+  };
   arguments.first_tensor = run.first_tensor;
   arguments.count = run.last_tensor - run.first_tensor;
-  arguments.first_chunk = list.tensors[run.first_tensor].first_chunk;
-  const int64_t end_chunk =
-      run.last_tensor < list.count ? list.tensors[run.last_tensor].first_chunk : list.chunk_count;
-  arguments.chunk_count = end_chunk - arguments.first_chunk;
+  arguments.first_chunk = first_chunk_of(run.first_tensor);
+  arguments.chunk_count = first_chunk_of(run.last_tensor) - arguments.first_chunk;
   arguments.first_group = run.first_group;
   arguments.after = After::kNothing;
-  arguments.adapts = 0;
+  arguments.unused = 0;
 
-  const size_t grad_bytes = with_grads ? static_cast<size_t>(arguments.count) * sizeof(void*) : 0;
-  if (with_grads) std::memcpy(arguments.payload, list.grads + run.first_tensor, grad_bytes);
+  const size_t grad_bytes = work == Work::kTensors ? 0 : static_cast<size_t>(arguments.count) * sizeof(void*);
+  if (grad_bytes != 0) std::memcpy(arguments.payload, list.grads + run.first_tensor, grad_bytes);
   arguments.groups_offset = static_cast<int32_t>(grad_bytes);
   std::memcpy(arguments.payload + grad_bytes, list.groups + run.first_group,
               static_cast<size_t>(run.last_group - run.first_group) * sizeof(GroupOptions));
@@ -97,16 +114,16 @@ void fill(Arguments& arguments, const TensorList& list, const Placement& where, 
 
 // Calls enqueue(arguments) for each run of tensors that goes into one launch.
 template <typename Enqueue>
-void for_each_launch(const TensorList& list, const Placement& where, bool with_grads, Enqueue enqueue) {
+void for_each_launch(const TensorList& list, const Placement& where, Work work, Enqueue enqueue) {
   for (int64_t first = 0; first < list.count;) {
-    const Run run = longest_run(list, first, with_grads);
-    if (run.payload_bytes(with_grads) <= SmallArguments::kPayloadBytes) {
+    const Run run = longest_run(list, first, work);
+    if (run.payload_bytes(work) <= SmallArguments::kPayloadBytes) {
       SmallArguments arguments;
-      fill(arguments, list, where, run, with_grads);
+      fill(arguments, list, where, run, work);
       enqueue(arguments);
     } else {
       LargeArguments arguments;
-      fill(arguments, list, where, run, with_grads);
+      fill(arguments, list, where, run, work);
       enqueue(arguments);
     }
     first = run.last_tensor;
@@ -131,38 +148,43 @@ void with_param_type(DType dtype, Call call) {
 
 LaunchTarget target_of(const Placement& where) { return {where.device, static_cast<cudaStream_t>(where.stream)}; }
 
+void require_served(const TensorList& list) {
+  if (supports(list.param_dtype, list.grad_dtype)) return;
+  throw std::invalid_argument("clara_fused: the CUDA kernels do not serve these storage types");
+}
+
 void enqueue_measure(const TensorList& list, const Placement& where) {
-  const StorageTypes types = {list.param_dtype, list.grad_dtype, list.path_dtype};
-  if (!supports(types.param, types.grad, types.path)) {
-    throw std::invalid_argument("clara_fused: the CUDA kernels do not serve these storage types");
-  }
-  const ProfilerRange range(list.deferred ? "measure_and_apply" : "measure", list);
-  for_each_launch(list, where, /*with_grads=*/true, [&](const auto& arguments) {
-    with_param_type(types.param, [&](auto param) {
-      launch_measure<decltype(param)>(types, list.deferred != 0, target_of(where), arguments);
+  require_served(list);
+  const ProfilerRange range("measure", list);
+  for_each_launch(list, where, Work::kPathChunks, [&](const auto& arguments) {
+    with_param_type(list.param_dtype, [&](auto param) {
+      launch_measure<decltype(param)>(list.grad_dtype, target_of(where), arguments);
     });
   });
 }
 
 void enqueue_reduce(const TensorList& list, const Placement& where, PathSums* sums, After after) {
-  const ProfilerRange range(after == After::kNothing ? "reduce" : "adapt", list);
-  for_each_launch(list, where, /*with_grads=*/false, [&](auto& arguments) {
-    if (sums != nullptr) arguments.sums = sums;
+  const char* name = after == After::kNothing ? "reduce" : "adapt";
+  const ProfilerRange range(name, list);
+  for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
+    arguments.sums = sums;
     arguments.after = after;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch(after == After::kNothing ? "reduce" : "reduce_and_adapt", reduce_kernel<Arguments>, arguments.count,
-           kThreads, target_of(where), arguments);
+    launch(name, reduce_kernel<Arguments>, arguments.count, kThreads, target_of(where), arguments);
   });
 }
 
-void enqueue_apply(const TensorList& list, const Placement& where) {
-  if (list.deferred) return;
-  const ProfilerRange range("apply", list);
-  for_each_launch(list, where, /*with_grads=*/false, [&](const auto& arguments) {
-    with_param_type(list.param_dtype,
-                    [&](auto param) { launch_apply<decltype(param)>(target_of(where), arguments); });
+void enqueue_update(const TensorList& list, const Placement& where) {
+  require_served(list);
+  const ProfilerRange range("update", list);
+  for_each_launch(list, where, Work::kChunks, [&](const auto& arguments) {
+    with_param_type(list.param_dtype, [&](auto param) {
+      launch_update<decltype(param)>(list.grad_dtype, target_of(where), arguments);
+    });
   });
 }
+
+int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
 }  // namespace
 
@@ -170,9 +192,12 @@ void enqueue_apply(const TensorList& list, const Placement& where) {
 // The interface
 // ---------------------------------------------------------------------------------------------------------------
 
-bool supports(DType param, DType grad, DType path) {
-  return param != DType::kFloat64 && (grad == param || grad == DType::kFloat32) &&
-         (path == DType::kFloat32 || path == DType::kBFloat16);
+const char* toolkit() { return CLARA_CUDA_TOOLKIT; }
+
+const char* architectures() { return CLARA_CUDA_ARCHITECTURES; }
+
+bool supports(DType param, DType grad) {
+  return param != DType::kFloat64 && (grad == param || grad == DType::kFloat32);
 }
 
 std::string device_problem(int device) {
@@ -200,65 +225,95 @@ std::string device_problem(int device) {
   return {};
 }
 
-Layout layout(int64_t count, int64_t chunk_count) {
+ChunkCounts number_chunks(TensorRecord* tensors, int64_t count) {
+  ChunkCounts counts{};
+  for (TensorRecord* tensor = tensors; tensor != tensors + count; ++tensor) {
+    tensor->first_chunk = counts.chunks;
+    tensor->first_path_chunk = counts.path_chunks;
+    counts.chunks += chunks_of(tensor->numel, kChunk);
+    counts.path_chunks += chunks_of(path_numel(*tensor), kPathChunk);
+  }
+  return counts;
+}
+
+Layout layout(int64_t count, const ChunkCounts& chunks) {
   Layout offsets{};
   int64_t end = 0;
-  const auto place = [&end](int64_t bytes) {
+  const auto place = [&end](int64_t rows, size_t row_bytes) {
     const int64_t start = end;
-    end = aligned_up(end + bytes);
+    end = aligned_up(end + rows * static_cast<int64_t>(row_bytes));
     return start;
   };
-  offsets.tensors = place(count * static_cast<int64_t>(sizeof(TensorRecord)));
-  offsets.tensor_of_chunk = place(chunk_count * static_cast<int64_t>(sizeof(int32_t)));
-  offsets.arrivals = place(sizeof(uint32_t));
+  offsets.tensors = place(count, sizeof(TensorRecord));
+  offsets.tensor_of_chunk = place(chunks.chunks, sizeof(int32_t));
+  offsets.tensor_of_path_chunk = place(chunks.path_chunks, sizeof(int32_t));
+  offsets.arrivals = place(1, sizeof(uint32_t));
   offsets.table_bytes = offsets.arrivals + static_cast<int64_t>(sizeof(uint32_t));
-  offsets.partial_sums = place(chunk_count * static_cast<int64_t>(sizeof(PartialSums<float>)));
-  offsets.sums = place(count * static_cast<int64_t>(sizeof(PathSums)));
+  offsets.partial_sums = place(chunks.path_chunks, sizeof(ElementSums<float>));
+  offsets.evidence = place(count, sizeof(Evidence));
   offsets.bytes = end;
   return offsets;
 }
 
 void write_table(const TensorRecord* tensors, int64_t count, void* host_memory) {
-  int64_t chunk_count = 0;
-  for (int64_t i = 0; i < count; ++i) chunk_count += chunks_of(tensors[i].numel);
-  const Layout offsets = layout(count, chunk_count);
+  ChunkCounts chunks{};
+  if (count > 0) {
+    const TensorRecord& last = tensors[count - 1];
+    chunks = {last.first_chunk + chunks_of(last.numel, kChunk),
+              last.first_path_chunk + chunks_of(path_numel(last), kPathChunk)};
+  }
+  const Layout offsets = layout(count, chunks);
   char* memory = static_cast<char*>(host_memory);
   std::memset(memory, 0, static_cast<size_t>(offsets.table_bytes));
   std::copy_n(tensors, count, reinterpret_cast<TensorRecord*>(memory + offsets.tensors));
-  int32_t* tensor_of_chunk = reinterpret_cast<int32_t*>(memory + offsets.tensor_of_chunk);
+  int32_t* of_chunk = reinterpret_cast<int32_t*>(memory + offsets.tensor_of_chunk);
+  int32_t* of_path_chunk = reinterpret_cast<int32_t*>(memory + offsets.tensor_of_path_chunk);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t chunk = chunks_of(tensors[i].numel); chunk > 0; --chunk) *tensor_of_chunk++ = static_cast<int32_t>(i);
+    of_chunk = std::fill_n(of_chunk, chunks_of(tensors[i].numel, kChunk), static_cast<int32_t>(i));
+    of_path_chunk = std::fill_n(of_path_chunk, chunks_of(path_numel(tensors[i]), kPathChunk), static_cast<int32_t>(i));
   }
 }
 
-void measure(const TensorList& list, const Placement& where) {
+void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   const DeviceGuard guard(where.device);
   enqueue_measure(list, where);
-  enqueue_reduce(list, where, list.sums, After::kNothing);
+  enqueue_reduce(list, where, sums, After::kNothing);
 }
 
-void adapt(const TensorList& list, const PathSums* sums, const Placement& where) {
+void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where) {
   const DeviceGuard guard(where.device);
-  const ProfilerRange range("adapt", list);
-  for_each_launch(list, where, /*with_grads=*/false, [&](auto& arguments) {
+  const ProfilerRange range("advance", list);
+  for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
     arguments.sums = const_cast<PathSums*>(sums);  // this kernel only reads them
-    arguments.adapts = sums != nullptr;
+    arguments.evidence = evidence;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch("adapt", adapt_kernel<Arguments>, (arguments.count + kThreads - 1) / kThreads, kThreads, target_of(where),
-           arguments);
+    launch("advance", advance_kernel<Arguments>, blocks_for(arguments.count), kThreads, target_of(where), arguments);
   });
 }
 
-void apply(const TensorList& list, const Placement& where) {
+void rescale(const TensorList& list, const Evidence* evidence, const Placement& where) {
   const DeviceGuard guard(where.device);
-  enqueue_apply(list, where);
+  const ProfilerRange range("rescale", list);
+  for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
+    if (list.one_scale && arguments.first_tensor > 0) return;
+    arguments.evidence = const_cast<Evidence*>(evidence);  // this kernel only reads it
+    arguments.after = list.one_scale ? After::kRescaleAll : After::kRescaleOwn;
+    using Arguments = std::remove_reference_t<decltype(arguments)>;
+    launch("rescale", rescale_kernel<Arguments>, list.one_scale ? 1 : blocks_for(arguments.count), kThreads,
+           target_of(where), arguments);
+  });
+}
+
+void update(const TensorList& list, const Placement& where) {
+  const DeviceGuard guard(where.device);
+  enqueue_update(list, where);
 }
 
 void step(const TensorList& list, const Placement& where) {
   const DeviceGuard guard(where.device);
   enqueue_measure(list, where);
-  enqueue_reduce(list, where, nullptr, list.variant == Variant::kGlobal ? After::kAdaptAll : After::kAdaptOwn);
-  enqueue_apply(list, where);
+  enqueue_reduce(list, where, nullptr, list.one_scale ? After::kRescaleAll : After::kRescaleOwn);
+  enqueue_update(list, where);
 }
 
 }  // namespace cuda

@@ -1,6 +1,8 @@
 // The CUDA back end: the same verbs as the CPU's, enqueued on a stream of the caller. Nothing here allocates device
 // memory, copies to or from the device, or waits for it, so every function may run while a CUDA graph is captured.
 // The caller's current device is restored. A failed CUDA call is a std::runtime_error that names the kernel.
+//
+// absent.cpp has all of it for builds without CUDA.
 #pragma once
 
 #include <cstdint>
@@ -11,37 +13,45 @@
 namespace clara {
 namespace cuda {
 
-// Elements per chunk; see Note [Chunks]. Small enough that a model of a few million elements fills the device, large
-// enough that a block spends its time on elements rather than on looking up its tensor.
-constexpr int64_t kChunk = 8192;
-
-CLARA_HD constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+// What the kernels were built with, such as "13.0" and "80;90"; empty in a build without CUDA.
+const char* toolkit();
+const char* architectures();
 
 // Whether there are kernels for this combination of storage types: float32, bfloat16 or float16 parameters, gradients
-// of the same type or float32, path float32 or bfloat16.
-bool supports(DType param, DType grad, DType path);
+// of the same type or float32.
+bool supports(DType param, DType grad);
 
-// Why the kernels cannot run on this device, in words for the user (no driver, an old one, no code for the
-// architecture), or nothing if they can. May create the device's context.
+// Why the kernels cannot run on this device, in words for the user (built without CUDA, no driver, an old one, no code
+// for the architecture), or nothing if they can. May create the device's context.
 std::string device_problem(int device);
+
+struct ChunkCounts {
+  int64_t chunks;       // of update
+  int64_t path_chunks;  // of measure
+};
+
+// Sets `first_chunk` and `first_path_chunk` of the records, in chunks of this back end; returns how many there are:
+// TensorList::chunk_count and path_chunk_count.
+ChunkCounts number_chunks(TensorRecord* tensors, int64_t count);
 
 // Where a list keeps what its kernels need beside the tensors, as offsets into one block of device memory of `bytes`
 // bytes, aligned to 256. The first `table_bytes` are written on the host and copied there by the caller, once for as
 // long as the records stay as they are; the rest needs no initial value.
 struct Layout {
-  int64_t tensors;          // TensorRecord [count]
-  int64_t tensor_of_chunk;  // int32 [chunk_count]
-  int64_t arrivals;         // uint32: blocks that have finished their part of a total; 0 between steps
+  int64_t tensors;               // TensorRecord [count]
+  int64_t tensor_of_chunk;       // int32 [chunks]
+  int64_t tensor_of_path_chunk;  // int32 [path_chunks]
+  int64_t arrivals;              // uint32: blocks that have finished their part of a total; 0 between steps
   int64_t table_bytes;
-  int64_t partial_sums;  // PartialSums<float> [chunk_count]
-  int64_t sums;          // PathSums [count]
+  int64_t partial_sums;  // ElementSums<float> [path_chunks]
+  int64_t evidence;      // Evidence [count]
   int64_t bytes;
 };
 
-Layout layout(int64_t count, int64_t chunk_count);
+Layout layout(int64_t count, const ChunkCounts& chunks);
 
-// Writes the table into `table_bytes` bytes of host memory, aligned to 8. `first_chunk` of the records must be set
-// (chunks of this back end).
+// Writes the table into `table_bytes` bytes of host memory, aligned to 8; every byte, so that tables can be compared.
+// The records' chunks must be numbered.
 void write_table(const TensorRecord* tensors, int64_t count, void* host_memory);
 
 struct Placement {
@@ -51,23 +61,25 @@ struct Placement {
 };
 
 // In the lists passed to the functions below, `tensors`, `grads` and `groups` are host memory (the records those that
-// the table was written from), everything they point to is device memory; `partial_sums` is not used.
-// If *found_inf != 0 nothing is changed; the device decides.
-
-// Moments, path and list.sums (device memory); under `deferred` also the step, with the scales from before. 2 launches.
-void measure(const TensorList& list, const Placement& where);
-
-// Counts the step; with `sums` (device memory, one per tensor; not under Global) each tensor's scale follows its own.
-// 1 launch.
-void adapt(const TensorList& list, const PathSums* sums, const Placement& where);
-
-// Takes the step with the scales as they are now; nothing under `deferred`. 1 launch.
-void apply(const TensorList& list, const Placement& where);
-
-// All of it, where every tensor of the optimizer (Global) is in this list and none is sharded. 3 launches, 2 under
-// `deferred`; list.sums is not used.
+// the table was written from), everything they point to is device memory. If *found_inf != 0 nothing is changed; the
+// device decides, and `sums` and `evidence` keep what they held.
 //
-// The counts hold for up to 3,000 tensors in 40 groups; see Note [Launch arguments] for more.
+// The numbers of launches hold for up to 3,000 tensors in 40 groups; see Note [Launch arguments] for more.
+
+// The path and `sums` [count]. 2 launches.
+void measure(const TensorList& list, PathSums* sums, const Placement& where);
+
+// Counts the step, moves the walks on; from `sums` [count] to `evidence` [count]. 1 launch.
+void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);
+
+// Each tensor's scale follows its evidence [count]; under `one_scale` the one scale follows evidence[0], their total.
+// 1 launch.
+void rescale(const TensorList& list, const Evidence* evidence, const Placement& where);
+
+// Moments and parameters, with steps and scales as they are now. 1 launch.
+void update(const TensorList& list, const Placement& where);
+
+// All of it, where every tensor of the optimizer (`one_scale`) is in this list and none is sharded. 3 launches.
 void step(const TensorList& list, const Placement& where);
 
 }  // namespace cuda

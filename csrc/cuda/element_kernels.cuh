@@ -1,203 +1,279 @@
-// The kernels that touch every element: measure, measure-and-apply, apply. One block works on one chunk.
+// The kernels that touch elements: measure and update. One block works on one chunk.
 //
-// They only move data; what they compute is in adam_clara.h. Bytes are the budget: all loads of a vector are issued
-// before the first is used, and the sum of path^2 comes from registers.
+// They only move data; what they compute is in adam_clara.h. Bytes are the budget: all loads of a thread's vectors are
+// issued before the first is used, and the sums come from registers.
 #pragma once
 
 #include <cstdint>
 
 #include "block.cuh"
-#include "cuda_backend.h"
 #include "launch_arguments.h"
 #include "storage.cuh"
 
 namespace clara {
 namespace cuda {
 
-static_assert(kChunk % (kThreads * kVector) == 0, "a full chunk keeps all threads busy to its end");
+static_assert(kChunk % (kThreads * kVector) == 0 && kPathChunk % (kThreads * kVector) == 0,
+              "a full chunk keeps all threads busy to its end");
 
-// The part of one tensor that a block works on.
-struct ChunkOfTensor {
-  int64_t tensor;  // in the list
-  TensorRecord record;  // a copy: all of it is on its way before any of it is needed
-  int64_t first_element;
-  int count;
+// The tensor that a block works on. A copy of its record: all of it is on its way before any of it is needed.
+struct TensorOfChunk {
+  int64_t index;  // in the list
+  TensorRecord record;
 };
 
 template <typename Arguments>
-__device__ __forceinline__ ChunkOfTensor locate(const Arguments& arguments, int64_t chunk) {
-  const int64_t tensor = arguments.tensor_of_chunk[chunk];
-  const TensorRecord record = arguments.tensors[tensor];
-  const int64_t first = (chunk - record.first_chunk) * kChunk;
-  const int64_t left = record.numel - first;
-  return {tensor, record, first, static_cast<int>(left < kChunk ? left : kChunk)};
+__device__ __forceinline__ TensorOfChunk tensor_of(const Arguments& arguments, int64_t chunk) {
+  const int64_t index = arguments.tensor_of_chunk[chunk];
+  return {index, arguments.tensors[index]};
 }
 
-template <Access kAccess>
-struct AccessTag {
-  static constexpr Access kValue = kAccess;
+__device__ __forceinline__ int count_in_chunk(int64_t numel, int64_t first, int64_t chunk) {
+  const int64_t left = numel - first;
+  return static_cast<int>(left < chunk ? left : chunk);
+}
+
+// What a thread does in one turn: `kVectors` vectors, a block's width apart.
+template <Access kAccessOfTurn, int kVectorsOfTurn>
+struct Turn {
+  static constexpr Access kAccess = kAccessOfTurn;
+  static constexpr int kVectors = kVectorsOfTurn;
+  static constexpr int kCount = kElements<kAccess>;  // in each vector
+  static constexpr int kStride = kThreads * kVector;
 };
 
-// Calls visit(tag of access, first) for the runs of four elements that are this thread's, and for single ones at the end
-// of a tensor. However they are reached, an element belongs to the same thread, which comes to it in the same turn: sums
-// do not depend on alignment.
-template <typename Visit>
+// Calls visit(turn, first) for the runs of four elements that are this thread's, and for single ones at the end of a
+// tensor. However they are reached, an element belongs to the same thread, which comes to it in the same order: sums do
+// not depend on alignment.
+template <int kVectors, typename Visit>
 __device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Visit visit) {
   constexpr int kStride = kThreads * kVector;
   int first = static_cast<int>(threadIdx.x) * kVector;
   if (all_aligned) {
-    for (; first + kVector <= count; first += kStride) visit(AccessTag<Access::kAligned>{}, first);
+    if constexpr (kVectors > 1) {
+#pragma unroll 1
+      for (; first + (kVectors - 1) * kStride + kVector <= count; first += kVectors * kStride) {
+        visit(Turn<Access::kAligned, kVectors>{}, first);
+      }
+    }
+#pragma unroll 1
+    for (; first + kVector <= count; first += kStride) visit(Turn<Access::kAligned, 1>{}, first);
   } else {
-    for (; first + kVector <= count; first += kStride) visit(AccessTag<Access::kMixed>{}, first);
+#pragma unroll 1
+    for (; first + kVector <= count; first += kStride) visit(Turn<Access::kMixed, 1>{}, first);
   }
 #pragma unroll 1
-  for (; first < count; ++first) visit(AccessTag<Access::kSingle>{}, first);
+  for (; first < count; ++first) visit(Turn<Access::kSingle, 1>{}, first);
+}
+
+// Note [Registers]: addresses and coefficients lie in shared memory, and every turn reads them anew, so that the
+// registers are free for the elements that are on their way. Otherwise the compiler reads them once, keeps them, and
+// spills.
+__device__ __forceinline__ void read_shared_memory_again() { asm volatile("" ::: "memory"); }
+
+// P, G: storage of parameters and gradients.
+template <typename P, typename G>
+struct Streams {
+  Stream<P> param;
+  Stream<G> grad;
+  Stream<float> exp_avg, exp_avg_sq, max_exp_avg_sq;
+
+  __device__ __forceinline__ bool all_aligned() const {
+    return param.aligned() && grad.aligned() && exp_avg.aligned() && exp_avg_sq.aligned() && max_exp_avg_sq.aligned();
+  }
+};
+
+template <typename P, typename G, typename Arguments>
+__device__ __forceinline__ Streams<P, G> streams_of(const Arguments& arguments, const TensorOfChunk& tensor,
+                                                    int64_t first) {
+  const TensorRecord& record = tensor.record;
+  return {stream_at<P>(record.param, first), stream_at<G>(arguments.grad(tensor.index), first),
+          stream_at<float>(record.exp_avg, first), stream_at<float>(record.exp_avg_sq, first),
+          stream_at<float>(record.max_exp_avg_sq, first)};
+}
+
+// Four neighbouring elements (or one) of all streams but the path.
+template <typename P, typename G, int kCount>
+struct Elements {
+  Vector<G, kCount> grad;
+  Vector<float, kCount> m, v, max_v;
+  Vector<P, kCount> param;
+};
+
+template <Access kAccess, typename P, typename G>
+__device__ __forceinline__ Elements<P, G, kElements<kAccess>> load(const Streams<P, G>& streams, int at,
+                                                                   bool with_param) {
+  Elements<P, G, kElements<kAccess>> e;
+  e.grad = streams.grad.template load<kAccess>(at);
+  e.m = streams.exp_avg.template load<kAccess>(at);
+  e.v = streams.exp_avg_sq.template load<kAccess>(at);
+  e.max_v = {};
+  if (streams.max_exp_avg_sq.exists()) e.max_v = streams.max_exp_avg_sq.template load<kAccess>(at);
+  e.param = {};
+  if (with_param) e.param = streams.param.template load<kAccess>(at);
+  return e;
+}
+
+// Brings the moments of one element up to date, and returns its effective gradient and d.
+struct Direction {
+  float grad, d;
+};
+
+template <typename P, typename G, int kCount>
+__device__ __forceinline__ Direction advance_moments(Elements<P, G, kCount>& e, int i, bool amsgrad,
+                                                     const AdamCoefficients<float>& c) {
+  const float grad = effective_gradient(to_float(e.grad.element[i]), to_float(e.param.element[i]), c);
+  e.m.element[i] = first_moment(e.m.element[i], grad, c);
+  e.v.element[i] = second_moment(e.v.element[i], grad, c);
+  e.max_v.element[i] = amsgrad ? running_maximum(e.max_v.element[i], e.v.element[i]) : e.v.element[i];
+  return {grad, denominator(e.max_v.element[i], c)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Measure
 // ---------------------------------------------------------------------------------------------------------------
 
-// P, G, S: storage of parameters, gradients and path.
-template <typename P, typename G, typename S>
-struct MeasureStreams {
-  Stream<P> param;
-  Stream<G> grad;
-  Stream<float> exp_avg, exp_avg_sq, max_exp_avg_sq;
-  Stream<S> path;
+__device__ __forceinline__ int log2_of(int power_of_two) { return __ffs(power_of_two) - 1; }
 
-  __device__ __forceinline__ bool all_aligned() const {
-    return param.aligned() && grad.aligned() && exp_avg.aligned() && exp_avg_sq.aligned() &&
-           max_exp_avg_sq.aligned() && path.aligned();
+// Where the elements of a sample lie; see Note [Sampled path].
+struct Sample {
+  int log_run, log_kept;
+
+  __device__ __forceinline__ bool whole() const { return log_run == log_kept; }
+  __device__ __forceinline__ int64_t path_numel(int64_t numel) const { return numel >> log_run << log_kept; }
+  // Of the chunk that starts with this path element: a full number of runs.
+  __device__ __forceinline__ int64_t first_element(int64_t path_element) const {
+    return path_element >> log_kept << log_run;
   }
+  // Within a chunk.
+  __device__ __forceinline__ int element(int path_element) const {
+    return path_element + (path_element >> log_kept) * ((1 << log_run) - (1 << log_kept));
+  }
+  // Four neighbours in the path are four neighbours in the tensor.
+  __device__ __forceinline__ bool in_vectors() const { return whole() || log_kept >= 2; }
 };
 
-struct MeasureAndApplyCoefficients {
-  MeasureCoefficients<float> measure;
-  ApplyCoefficients<float> apply;  // with the scale from before; only where measure also applies
-};
+static_assert(kVector == 4, "log_kept >= 2 says that a vector lies within a run");
 
-// Adds the elements' squares to `sums`.
-template <bool kApply, Access kAccess, typename P, typename G, typename S>
-__device__ __forceinline__ void measure_vector(const MeasureStreams<P, G, S>& streams,
-                                               const MeasureAndApplyCoefficients& with, int first,
-                                               PartialSums<float>& sums) {
-  const MeasureCoefficients<float>& c = with.measure;
+template <typename Turn, typename P, typename G>
+__device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, const Stream<float>& paths,
+                                                const Sample& sample, const MeasureCoefficients<float>& c, int first,
+                                                float (&sums)[4]) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
-  const Vector<G, kElements<kAccess>> grad = streams.grad.template load<kAccess>(first);
-  Vector<float, kElements<kAccess>> m = streams.exp_avg.template load<kAccess>(first);
-  Vector<float, kElements<kAccess>> v = streams.exp_avg_sq.template load<kAccess>(first);
-  Vector<S, kElements<kAccess>> path = streams.path.template load<kAccess>(first);
-  Vector<P, kElements<kAccess>> param = {};
-  if (kApply || c.coupled_decay != 0.0f) param = streams.param.template load<kAccess>(first);
-  Vector<float, kElements<kAccess>> max_v = {};
-  if (amsgrad) max_v = streams.max_exp_avg_sq.template load<kAccess>(first);
-
+  read_shared_memory_again();
+  Elements<P, G, Turn::kCount> elements[Turn::kVectors];
+  Vector<float, Turn::kCount> path[Turn::kVectors];
 #pragma unroll
-  for (int i = 0; i < kElements<kAccess>; ++i) {
-    const float theta = to_float(param.element[i]);
-    const float g = effective_gradient(to_float(grad.element[i]), theta, c);
-    m.element[i] = first_moment(m.element[i], g, c);
-    v.element[i] = second_moment(v.element[i], g, c);
-    max_v.element[i] = amsgrad ? running_maximum(max_v.element[i], v.element[i]) : v.element[i];
-    const float u = adam_direction(m.element[i], max_v.element[i], c.direction);
-    path.element[i] = from_float<S>(extended_path(to_float(path.element[i]), u, c));
-    const float stored = to_float(path.element[i]);
-    sums.path_sq += stored * stored;
-    sums.step_sq += u * u;
-    if (kApply) param.element[i] = from_float<P>(updated_parameter(theta, u, with.apply));
+  for (int k = 0; k < Turn::kVectors; ++k) {
+    const int at = first + k * Turn::kStride;
+    elements[k] = load<Turn::kAccess>(streams, sample.element(at), c.adam.coupled_decay != 0.0f);
+    path[k] = paths.load<Turn::kAccess>(at);
   }
-
-  streams.exp_avg.template store<kAccess>(first, m);
-  streams.exp_avg_sq.template store<kAccess>(first, v);
-  streams.path.template store<kAccess>(first, path);
-  if (amsgrad) streams.max_exp_avg_sq.template store<kAccess>(first, max_v);
-  if (kApply) streams.param.template store<kAccess>(first, param);
+#pragma unroll
+  for (int k = 0; k < Turn::kVectors; ++k) {
+#pragma unroll
+    for (int i = 0; i < Turn::kCount; ++i) {
+      const Direction to = advance_moments(elements[k], i, amsgrad, c.adam);
+      const float u = adam_step(elements[k].m.element[i], to.d, c.adam);
+      const float before = path[k].element[i];
+      if (c.moves) path[k].element[i] = extended_path(before, u, c);
+      const ElementSums<float> of_element = element_sums(before, path[k].element[i], u, to.grad, to.d);
+      sums[0] += of_element.path_sq;
+      sums[1] += of_element.step_sq;
+      sums[2] += of_element.grad_sq;
+      sums[3] += of_element.grad_path;
+    }
+    if (c.moves) paths.store<Turn::kAccess>(first + k * Turn::kStride, path[k]);
+  }
 }
 
-template <bool kApply, typename P, typename G, typename S, typename Arguments>
-__global__ void __launch_bounds__(kThreads) measure_kernel(const Arguments __grid_constant__ arguments) {
+// Walks the chunks from the last to the first: update begins with what measure has just read, as far as the L2 cache
+// still holds it.
+template <typename P, typename G, typename Arguments>
+__global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
-  const int64_t chunk_index = arguments.first_chunk + blockIdx.x;
-  const ChunkOfTensor chunk = locate(arguments, chunk_index);
-  const TensorRecord& record = chunk.record;
+  const int64_t chunk = arguments.first_chunk + arguments.chunk_count - 1 - blockIdx.x;
+  const TensorOfChunk tensor = tensor_of(arguments, chunk);
+  const TensorRecord& record = tensor.record;
 
-  __shared__ MeasureAndApplyCoefficients with;
-  __shared__ WalkUnit walk_unit;  // not in a register, of which the loop needs all
+  const Sample sample = {log2_of(record.run), log2_of(record.kept)};
+  const int64_t first = (chunk - record.first_path_chunk) * kPathChunk;
+  const int count = count_in_chunk(sample.path_numel(record.numel), first, kPathChunk);
+  __shared__ MeasureCoefficients<float> with;
+  __shared__ Streams<P, G> streams;
+  __shared__ Stream<float> path;
   if (threadIdx.x == 0) {
-    const GroupOptions& options = arguments.group(record);
-    walk_unit = options.walk_unit;
-    const float step = *record.step + 1.0f;
-    with.measure = measure_coefficients<float>(options, step, arguments.grad_scale);
-    if (kApply) with.apply = apply_coefficients<float>(options, step, *record.lr_scale);
+    streams = streams_of<P, G>(arguments, tensor, sample.first_element(first));
+    path = stream_at<float>(record.path, first);
+    with = measure_coefficients<float>(arguments.group(record), *record.step + 1.0f, arguments.grad_scale);
   }
   __syncthreads();
 
-  const int64_t first = chunk.first_element;
-  const MeasureStreams<P, G, S> streams = {stream_at<P>(record.param, first),
-                                           stream_at<G>(arguments.grad(chunk.tensor), first),
-                                           stream_at<float>(record.exp_avg, first),
-                                           stream_at<float>(record.exp_avg_sq, first),
-                                           stream_at<float>(record.max_exp_avg_sq, first),
-                                           stream_at<S>(record.path, first)};
-  PartialSums<float> sums = {0.0f, 0.0f};
-  for_each_vector(chunk.count, streams.all_aligned(), [&](auto access, int i) {
-    measure_vector<kApply, access.kValue>(streams, with, i, sums);
-  });
+  float sums[4] = {};
+  if (sample.in_vectors()) {
+    for_each_vector<kMeasureVectors>(count, streams.all_aligned() && path.aligned(), [&](auto turn, int i) {
+      measure_vectors<decltype(turn)>(streams, path, sample, with, i, sums);
+    });
+  } else {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      measure_vectors<Turn<Access::kSingle, 1>>(streams, path, sample, with, i, sums);
+    }
+  }
 
-  sums.path_sq = block_reduce(sums.path_sq, Sum{});
-  if (walk_unit == WalkUnit::kStepSquared) sums.step_sq = block_reduce(sums.step_sq, Sum{});
-  if (threadIdx.x == 0) arguments.partial_sums[chunk_index] = sums;
+  block_reduce(sums, Sum{});
+  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3]};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Apply
+// Update
 // ---------------------------------------------------------------------------------------------------------------
 
-template <typename P>
-struct ApplyStreams {
-  Stream<P> param;
-  Stream<float> exp_avg;
-  Stream<float> exp_avg_sq;  // the running maximum under amsgrad
-
-  __device__ __forceinline__ bool all_aligned() const {
-    return param.aligned() && exp_avg.aligned() && exp_avg_sq.aligned();
-  }
-};
-
-template <Access kAccess, typename P>
-__device__ __forceinline__ void apply_vector(const ApplyStreams<P>& streams, const ApplyCoefficients<float>& c,
-                                             int first) {
-  const Vector<float, kElements<kAccess>> m = streams.exp_avg.template load<kAccess>(first);
-  const Vector<float, kElements<kAccess>> v = streams.exp_avg_sq.template load<kAccess>(first);
-  Vector<P, kElements<kAccess>> param = streams.param.template load<kAccess>(first);
+template <typename Turn, typename P, typename G>
+__device__ __forceinline__ void update_vectors(const Streams<P, G>& streams, const UpdateCoefficients<float>& c,
+                                               int first) {
+  const bool amsgrad = streams.max_exp_avg_sq.exists();
+  read_shared_memory_again();
+  Elements<P, G, Turn::kCount> elements[Turn::kVectors];
 #pragma unroll
-  for (int i = 0; i < kElements<kAccess>; ++i) {
-    const float u = adam_direction(m.element[i], v.element[i], c.direction);
-    param.element[i] = from_float<P>(updated_parameter(to_float(param.element[i]), u, c));
+  for (int k = 0; k < Turn::kVectors; ++k) {
+    elements[k] = load<Turn::kAccess>(streams, first + k * Turn::kStride, true);
   }
-  streams.param.template store<kAccess>(first, param);
+#pragma unroll
+  for (int k = 0; k < Turn::kVectors; ++k) {
+    Elements<P, G, Turn::kCount>& e = elements[k];
+#pragma unroll
+    for (int i = 0; i < Turn::kCount; ++i) {
+      const Direction to = advance_moments(e, i, amsgrad, c.adam);
+      const float u = adam_step(e.m.element[i], to.d, c.adam);
+      e.param.element[i] = from_float<P>(updated_parameter(to_float(e.param.element[i]), u, c));
+    }
+    const int at = first + k * Turn::kStride;
+    streams.exp_avg.template store<Turn::kAccess>(at, e.m);
+    streams.exp_avg_sq.template store<Turn::kAccess>(at, e.v);
+    if (amsgrad) streams.max_exp_avg_sq.template store<Turn::kAccess>(at, e.max_v);
+    streams.param.template store<Turn::kAccess>(at, e.param);
+  }
 }
 
-// Walks the chunks from the last to the first: what measure touched last is still in the L2 cache.
-template <typename P, typename Arguments>
-__global__ void __launch_bounds__(kThreads) apply_kernel(const Arguments __grid_constant__ arguments) {
+template <typename P, typename G, typename Arguments>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
-  const ChunkOfTensor chunk = locate(arguments, arguments.first_chunk + arguments.chunk_count - 1 - blockIdx.x);
-  const TensorRecord& record = chunk.record;
+  const int64_t chunk = arguments.first_chunk + blockIdx.x;
+  const TensorOfChunk tensor = tensor_of(arguments, chunk);
+  const TensorRecord& record = tensor.record;
 
-  __shared__ ApplyCoefficients<float> with;
+  const int64_t first = (chunk - record.first_chunk) * kChunk;
+  __shared__ UpdateCoefficients<float> with;
+  __shared__ Streams<P, G> streams;
   if (threadIdx.x == 0) {
-    with = apply_coefficients<float>(arguments.group(record), *record.step, *record.lr_scale);
+    streams = streams_of<P, G>(arguments, tensor, first);
+    with = update_coefficients<float>(arguments.group(record), *record.step, arguments.grad_scale, *record.lr_scale);
   }
   __syncthreads();
 
-  const int64_t first = chunk.first_element;
-  const ApplyStreams<P> streams = {
-      stream_at<P>(record.param, first), stream_at<float>(record.exp_avg, first),
-      stream_at<float>(record.max_exp_avg_sq != nullptr ? record.max_exp_avg_sq : record.exp_avg_sq, first)};
-  for_each_vector(chunk.count, streams.all_aligned(),
-                  [&](auto access, int i) { apply_vector<access.kValue>(streams, with, i); });
+  for_each_vector<kUpdateVectors>(
+      count_in_chunk(record.numel, first, kChunk), streams.all_aligned(),
+      [&](auto turn, int i) { update_vectors<decltype(turn)>(streams, with, i); });
 }
 
 }  // namespace cuda

@@ -9,16 +9,12 @@
 namespace clara {
 namespace cuda {
 
-struct StorageTypes {
-  DType param, grad, path;
-};
-
-// Enqueues measure (and apply, if so) for the chunks of `arguments`. P: storage of the parameters.
+// Enqueue a kernel for the chunks of `arguments`. P: storage of the parameters.
 template <typename P, typename Arguments>
-void launch_measure(const StorageTypes& types, bool and_apply, const LaunchTarget& target, const Arguments& arguments);
+void launch_measure(DType grad, const LaunchTarget& target, const Arguments& arguments);
 
 template <typename P, typename Arguments>
-void launch_apply(const LaunchTarget& target, const Arguments& arguments);
+void launch_update(DType grad, const LaunchTarget& target, const Arguments& arguments);
 
 }  // namespace cuda
 }  // namespace clara

@@ -4,7 +4,7 @@
 // gradients' addresses of thousands of tensors and the options of their groups, so a step needs no copy to the device,
 // and nothing that a copy would have to wait for. What stays the same between steps is a table in device memory. A
 // list with more tensors or groups than the space holds is cut into runs of tensors, one launch each. Most lists fit
-// into 4 KiB, and most kernels need no gradients: these do not pay for moving 32 KiB.
+// into 4 KiB, and the scalar kernels need no gradients: these do not pay for moving 32 KiB.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,22 +16,23 @@
 namespace clara {
 namespace cuda {
 
-// What becomes of the norms once they are reduced.
+// What becomes of the sums once they are reduced.
 enum class After : int32_t {
-  kNothing,   // whoever asked for them goes on
-  kAdaptOwn,  // each tensor's scale follows its own
-  kAdaptAll,  // the one scale follows their total
+  kNothing,     // whoever asked for them goes on
+  kRescaleOwn,  // the step is counted, and each tensor's scale follows its own evidence
+  kRescaleAll,  // the step is counted, and the one scale follows the total of the evidence
 };
 
 template <int kBytes>
 struct LaunchArguments {
   // The device table of the whole list; see Layout.
   const TensorRecord* tensors;
-  const int32_t* tensor_of_chunk;
+  const int32_t* tensor_of_chunk;  // of the kernel's kind of chunks, as are the chunks below
   uint32_t* arrivals;
   int64_t list_count;
-  PartialSums<float>* partial_sums;
+  ElementSums<float>* partial_sums;
   PathSums* sums;
+  Evidence* evidence;
 
   const float* grad_scale;
   const float* found_inf;
@@ -42,9 +43,9 @@ struct LaunchArguments {
   int32_t first_group;
   int32_t groups_offset;
   After after;
-  int32_t adapts;  // whether `sums` change the scales, in the kernel that only adapts
+  int32_t unused;
 
-  static constexpr int kPayloadBytes = kBytes - 112;
+  static constexpr int kPayloadBytes = kBytes - 120;
   alignas(8) unsigned char payload[kPayloadBytes];  // gradients [count], if the kernel needs any; groups
 
   __device__ __forceinline__ const void* grad(int64_t tensor) const {

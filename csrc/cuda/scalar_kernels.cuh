@@ -1,40 +1,70 @@
-// The kernels that touch a handful of scalars per tensor: reduce (with or without adapt), adapt.
+// The kernels that touch a handful of scalars per tensor: reduce (which may adapt at once), advance, rescale.
 #pragma once
 
 #include <cstdint>
 
 #include "block.cuh"
-#include "cuda_backend.h"
 #include "launch_arguments.h"
 
 namespace clara {
 namespace cuda {
 
-__device__ __forceinline__ void adapt_scale(const TensorRecord& record, double path_sq, double expected_path_sq,
-                                            const GroupOptions& options) {
-  *record.lr_scale = adapted_scale(*record.lr_scale, path_sq, expected_path_sq, options);
+// Counts a tensor's step and moves its walk on.
+__device__ __forceinline__ Evidence advanced(const TensorRecord& record, const PathSums& sums,
+                                             const GroupOptions& options) {
+  const float step = *record.step + 1.0f;
+  *record.step = step;
+  const WalkState walk = advanced_walk({*record.walk[0], *record.walk[1], *record.walk[2]}, sums, options,
+                                       static_cast<double>(step));
+  *record.walk[0] = walk.moment_sq;
+  *record.walk[1] = walk.path_moment;
+  *record.walk[2] = walk.path_sq;
+  return evidence_of(sums, walk, options);
 }
 
-// The total of one column of the sums, the same for every order of the tensors; see Note [Order-free sums]. Not a
-// number if one of them is not finite.
-__device__ __forceinline__ double block_total(const PathSums* sums, int64_t count, double PathSums::*column) {
-  // Other blocks have just written the sums; the L1 cache of this multiprocessor is not told of that.
-  const auto value = [&](int64_t i) { return __ldcg(&(sums[i].*column)); };
-  constexpr double kMaxFinite = 1.7976931348623157e308;
-  double largest = 0.0;
-  bool finite = true;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    finite = finite && value(i) <= kMaxFinite;
-    largest = Maximum{}(largest, value(i));
+__device__ __forceinline__ void rescale_tensor(const TensorRecord& record, const Evidence& evidence,
+                                               const GroupOptions& options) {
+  *record.lr_scale = adapted_scale(*record.lr_scale, evidence, options);
+}
+
+// The total of the evidence, the same for every order of the tensors; see Note [Order-free sums]. A column is not a
+// number if one of its values is not finite.
+__device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_t count) {
+  static_assert(sizeof(Evidence) == kEvidence * sizeof(double), "a row of numbers");
+  // Other blocks have just written the evidence; the L1 cache of this multiprocessor is not told of that.
+  const auto value = [&](int64_t tensor, int column) {
+    return __ldcg(reinterpret_cast<const double*>(evidence + tensor) + column);
+  };
+  double largest[kEvidence] = {};
+  int not_finite[kEvidence] = {};
+  for (int64_t tensor = threadIdx.x; tensor < count; tensor += kThreads) {
+#pragma unroll
+    for (int column = 0; column < kEvidence; ++column) {
+      const double magnitude = std::fabs(value(tensor, column));
+      if (!is_finite(magnitude)) not_finite[column] = 1;
+      largest[column] = Maximum{}(magnitude, largest[column]);
+    }
   }
-  const bool all_finite = block_reduce(finite ? 0 : 1, Sum{}) == 0;
-  const double scale = fixed_point_scale(block_reduce(largest, Maximum{}), count);
-  int64_t total = 0;
-  if (all_finite) {
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) total += to_fixed_point(value(i), scale);
+  block_reduce(largest, Maximum{});
+  block_reduce(not_finite, Maximum{});
+  double scale[kEvidence];
+#pragma unroll
+  for (int column = 0; column < kEvidence; ++column) scale[column] = fixed_point_scale(largest[column], count);
+
+  int64_t totals[kEvidence] = {};
+  for (int64_t tensor = threadIdx.x; tensor < count; tensor += kThreads) {
+#pragma unroll
+    for (int column = 0; column < kEvidence; ++column) {
+      if (!not_finite[column]) totals[column] += to_fixed_point(value(tensor, column), scale[column]);
+    }
   }
-  total = block_reduce(total, Sum{});
-  return all_finite ? from_fixed_point(total, scale) : kMaxFinite * 0.0 / 0.0;
+  block_reduce(totals, Sum{});
+  double total[kEvidence];
+#pragma unroll
+  for (int column = 0; column < kEvidence; ++column) {
+    total[column] = not_finite[column] ? nan("") : from_fixed_point(totals[column], scale[column]);
+  }
+  return {total[0], total[1], total[2], total[3], total[4], total[5]};
 }
 
 // Whether this block is the last of `count` to come here, and so sees what all others wrote before they did. The next
@@ -60,45 +90,59 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   const TensorRecord& record = arguments.tensors[tensor];
   const GroupOptions& options = arguments.group(record);
 
-  const PartialSums<float>* partial_sums = arguments.partial_sums + record.first_chunk;
-  const int64_t chunk_count = chunks_of(record.numel);
-  PartialSums<double> total = {0.0, 0.0};
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < chunk_count; i += kThreads) {
-    total.path_sq += static_cast<double>(partial_sums[i].path_sq);
-    total.step_sq += static_cast<double>(partial_sums[i].step_sq);
+  const ElementSums<float>* partial_sums = arguments.partial_sums + record.first_path_chunk;
+  const int64_t path_chunks = (path_numel(record) + kPathChunk - 1) / kPathChunk;
+  double total[4] = {};
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) {
+    const ElementSums<float> part = partial_sums[i];
+    total[0] += static_cast<double>(part.path_sq);
+    total[1] += static_cast<double>(part.step_sq);
+    total[2] += static_cast<double>(part.grad_sq);
+    total[3] += static_cast<double>(part.grad_path);
   }
-  total.path_sq = block_reduce(total.path_sq, Sum{});
-  if (options.walk_unit == WalkUnit::kStepSquared) total.step_sq = block_reduce(total.step_sq, Sum{});
+  block_reduce(total, Sum{});
 
   if (threadIdx.x == 0) {
-    const int64_t step = step_after(*record.step);
-    const PathSums sums = {total.path_sq, expected_path_sq(options, step, record.numel, total.step_sq)};
-    arguments.sums[tensor] = sums;
-    if (arguments.after == After::kAdaptOwn) adapt_scale(record, sums.path_sq, sums.expected_path_sq, options);
-    if (arguments.after != After::kNothing) *record.step += 1.0f;
+    const double weight = sample_weight(record);
+    const PathSums sums = {weight * total[0], weight * total[1], weight * total[2], weight * total[3],
+                           static_cast<double>(record.numel)};
+    if (arguments.after == After::kNothing) {
+      arguments.sums[tensor] = sums;
+    } else {
+      const Evidence evidence = advanced(record, sums, options);
+      if (arguments.after == After::kRescaleOwn) rescale_tensor(record, evidence, options);
+      if (arguments.after == After::kRescaleAll) arguments.evidence[tensor] = evidence;
+    }
   }
 
-  if (arguments.after != After::kAdaptAll || !last_to_arrive(arguments.arrivals, arguments.list_count)) return;
-  const double path_sq = block_total(arguments.sums, arguments.list_count, &PathSums::path_sq);
-  const double expected = block_total(arguments.sums, arguments.list_count, &PathSums::expected_path_sq);
+  if (arguments.after != After::kRescaleAll || !last_to_arrive(arguments.arrivals, arguments.list_count)) return;
+  const Evidence of_all = block_total(arguments.evidence, arguments.list_count);
   // All tensors share the scale, and all groups the options that matter here.
-  if (threadIdx.x == 0) adapt_scale(record, path_sq, expected, options);
+  if (threadIdx.x == 0) rescale_tensor(record, of_all, options);
 }
 
-// One thread per tensor: counts the step and adapts to sums that were completed elsewhere (over ranks).
+// One thread per tensor: the part of adapt before sums over tensors, with sums that were completed elsewhere.
 template <typename Arguments>
-__global__ void __launch_bounds__(kThreads) adapt_kernel(const Arguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kThreads) advance_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= arguments.count) return;
   const int64_t tensor = arguments.first_tensor + i;
   const TensorRecord& record = arguments.tensors[tensor];
-  if (arguments.adapts) {
-    const PathSums& sums = arguments.sums[tensor];
-    adapt_scale(record, sums.path_sq, sums.expected_path_sq, arguments.group(record));
-  }
-  *record.step += 1.0f;
+  arguments.evidence[tensor] = advanced(record, arguments.sums[tensor], arguments.group(record));
+}
+
+// One thread per tensor, or a single one for the scale that all share.
+template <typename Arguments>
+__global__ void __launch_bounds__(kThreads) rescale_kernel(const Arguments __grid_constant__ arguments) {
+  if (arguments.skipped()) return;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool one_scale = arguments.after == After::kRescaleAll;
+  if (i >= (one_scale ? 1 : arguments.count)) return;
+  const int64_t tensor = arguments.first_tensor + i;
+  const TensorRecord& record = arguments.tensors[tensor];
+  rescale_tensor(record, arguments.evidence[one_scale ? 0 : tensor], arguments.group(record));
 }
 
 }  // namespace cuda

@@ -51,11 +51,24 @@ struct alignas(kCount * sizeof(S)) Vector {
   S element[kCount];
 };
 
+// Where the emulation counts traffic; nothing in a build.
+#ifndef CLARA_COUNT_LOAD
+#define CLARA_COUNT_LOAD(bytes)
+#define CLARA_COUNT_STORE(bytes)
+#endif
+
 // The addresses of a list are read from memory; the compiler cannot know that they do not lead to shared memory.
 template <typename T>
-__device__ __forceinline__ T* in_global_memory(T* pointer) {
+__device__ __forceinline__ T load_global(const T* pointer) {
   __builtin_assume(__isGlobal(pointer));
-  return pointer;
+  CLARA_COUNT_LOAD(sizeof(T));
+  return *pointer;
+}
+template <typename T>
+__device__ __forceinline__ void store_global(T* pointer, const T& value) {
+  __builtin_assume(__isGlobal(pointer));
+  CLARA_COUNT_STORE(sizeof(T));
+  *pointer = value;
 }
 
 // How a thread reaches its elements.
@@ -84,9 +97,9 @@ struct Stream {
     Values values;
     if (kAccess == Access::kMixed && !aligned()) {
 #pragma unroll
-      for (int i = 0; i < kElements<kAccess>; ++i) values.element[i] = *in_global_memory(data + first + i);
+      for (int i = 0; i < kElements<kAccess>; ++i) values.element[i] = load_global(data + first + i);
     } else {
-      values = *in_global_memory(reinterpret_cast<const Values*>(data + first));
+      values = load_global(reinterpret_cast<const Values*>(data + first));
     }
     return values;
   }
@@ -95,9 +108,9 @@ struct Stream {
   __device__ __forceinline__ void store(int first, const Vector<S, kElements<kAccess>>& values) const {
     if (kAccess == Access::kMixed && !aligned()) {
 #pragma unroll
-      for (int i = 0; i < kElements<kAccess>; ++i) *in_global_memory(data + first + i) = values.element[i];
+      for (int i = 0; i < kElements<kAccess>; ++i) store_global(data + first + i, values.element[i]);
     } else {
-      *in_global_memory(reinterpret_cast<Vector<S, kElements<kAccess>>*>(data + first)) = values;
+      store_global(reinterpret_cast<Vector<S, kElements<kAccess>>*>(data + first), values);
     }
   }
 };

@@ -14,7 +14,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -395,7 +397,25 @@ struct Runtime {
 };
 inline Runtime runtime;
 
+// What the kernels load and store of the elements of tensors, as csrc/cuda/storage.cuh reports it.
+struct Traffic {
+  struct Count {
+    std::atomic<int64_t> accesses = 0, bytes = 0;
+    // Relaxed: orders nothing, so hides no race from ThreadSanitizer.
+    void add(size_t size) {
+      accesses.fetch_add(1, std::memory_order_relaxed);
+      bytes.fetch_add(static_cast<int64_t>(size), std::memory_order_relaxed);
+    }
+    void reset() { accesses = bytes = 0; }
+  };
+  Count loads, stores;
+};
+inline Traffic traffic;
+
 }  // namespace emulation
+
+#define CLARA_COUNT_LOAD(size) emulation::traffic.loads.add(size)
+#define CLARA_COUNT_STORE(size) emulation::traffic.stores.add(size)
 
 using cudaStream_t = struct CUstream_st*;
 struct cudaFuncAttributes {};
@@ -473,6 +493,8 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+
+inline int __ffs(int value) { return __builtin_ffs(value); }
 
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 

@@ -1,0 +1,80 @@
+"""The compiled core (csrc/python/bindings.cpp). Addresses are of memory that the caller keeps alive; 0 means none.
+
+A core is built for this text and refused beside any other (_interface.py), so that one left over from older sources is
+never called. What changes the meaning of a call and not its declaration has to be said here for that reason as well.
+"""
+
+from typing import Any, TypedDict
+from enum import Enum
+
+version: str
+interface: str
+OPTION_NAMES: tuple[str, ...]
+
+class DType(Enum):
+    float32 = ...
+    bfloat16 = ...
+    float16 = ...
+    float64 = ...
+
+class GroupTable:
+    """Options of the param groups, as one device sees them. Setting them does not change running kernels."""
+
+    def __init__(self, group_count: int) -> None: ...
+    def set(self, group: int, values: list[float]) -> None:
+        """One value for each of OPTION_NAMES; flags are 0 or 1, reference 0 is the random walk, clip None is 0, inf."""
+    def set_lr_tensor(self, group: int, address: int, is_double: bool) -> None:
+        """One element on the device, which is read in place of lr; 0: lr it is. Stays through `set`."""
+
+class Bucket:
+    """The tensors of one device and storage types in one step. Owns gradients and state until it dies."""
+
+    @property
+    def device(self) -> tuple[str, int]: ...
+    @property
+    def param_dtype(self) -> DType: ...
+    @property
+    def grad_dtype(self) -> DType: ...
+    @property
+    def locations(self) -> list[tuple[int, int]]: ...
+    @property
+    def params(self) -> list[Any]: ...
+    def __len__(self) -> int: ...
+    def set_groups(self, groups: GroupTable) -> None: ...
+    def set_amp(self, grad_scale: int, found_inf: int) -> None: ...
+    def memory_sizes(self) -> tuple[int, int]:
+        """CUDA: bytes the bucket needs on the device, and how many of them, the first, `write_table` fills."""
+    def write_table(self, host_memory: int) -> None: ...
+    def table_equals(self, host_memory: int) -> bool: ...
+    def set_memory(self, device_memory: int) -> None: ...
+    def measure(self, sums: int, threads: int, stream: int) -> None:
+        """The path, and float64 [n, 5]."""
+    def advance(self, sums: int, evidence: int, threads: int, stream: int) -> None:
+        """Counts the step; float64 [n, 5] to float64 [n, 6]."""
+    def rescale(self, evidence: int, rows: int, threads: int, stream: int) -> None:
+        """Scales follow evidence, float64 [rows, 6]: a row per tensor; where all have one scale, one, once for it."""
+    def update(self, threads: int, stream: int) -> None: ...
+    def step(self, threads: int, stream: int) -> None: ...
+
+class Gathered:
+    @property
+    def buckets(self) -> list[Bucket]: ...
+    @property
+    def irregular(self) -> list[tuple[int, int]]:
+        """Group and index of parameters that have a gradient but cannot be stepped by the core as they are."""
+
+class CudaInfo(TypedDict):
+    toolkit: str
+    architectures: str
+
+class BuildInfo(TypedDict):
+    cpu_instruction_sets: list[str]
+    cpu_instruction_set: str
+    cpu_threads: str
+    compiler: str
+    cuda: CudaInfo | None
+
+def gather(param_groups: list[dict[str, Any]], state: dict[Any, Any], one_scale: bool) -> Gathered: ...
+def supports(on_cuda: bool, param: DType, grad: DType) -> bool: ...
+def build_info() -> BuildInfo: ...
+def cuda_problem(device: int) -> str: ...

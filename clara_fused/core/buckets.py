@@ -1,0 +1,230 @@
+"""Hands a step's tensors to the compiled core, and keeps on a device what the next step can use again.
+
+The core sees addresses and sizes only. One walk in C++ per step (`_core.gather`) finds the tensors; nothing is remembered
+of them but tables on CUDA devices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import profiling
+from ..adaptation import Evidence, PathSums
+from ..options import GroupOptions
+from ..step import Location, StepInputs, moved
+from . import loading
+
+if TYPE_CHECKING:
+    from . import _core
+
+# Bucket tables kept for each optimizer: of the last steps (losses that alternate have different tensors).
+_MAX_TABLES = 16
+
+
+class Gatherer:
+    """Finds an optimizer's tensors at every step and makes buckets of them; holds what is kept between steps.
+
+    Args:
+        one_scale: AdamClaraGlobal.
+    """
+
+    def __init__(self, one_scale: bool) -> None:
+        self._one_scale = one_scale
+        self._groups: dict[tuple[str, int], _Groups] = {}
+        self._tables: list[_Table] = []
+        # Tables that a CUDA graph has captured: its replays read them. They stay as they are.
+        self._captured: list[_Table] = []
+
+    def gather(
+        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], inputs: StepInputs
+    ) -> tuple[list[CoreBucket], Sequence[Location] | None]:
+        """Buckets of all tensors that the core can step.
+
+        Returns:
+            the buckets, and where those parameters are that have a gradient and cannot be stepped by the core as they
+            are; None in place of these where there is no core.
+        """
+        core = loading.core_or_warning()
+        if core is None:
+            return [], None
+        gathered: _core.Gathered = core.gather(param_groups, state, self._one_scale)
+        irregular = [Location(*location) for location in gathered.irregular]
+        return [CoreBucket(bucket, self, inputs) for bucket in gathered.buckets], irregular
+
+    def groups_of(self, device: tuple[str, int], inputs: StepInputs) -> _Groups:
+        """The options on a device, as they are in this step."""
+        groups = self._groups.get(device)
+        if groups is None or groups.count != len(inputs.options):
+            groups = self._groups[device] = _Groups(device, len(inputs.options))
+        groups.update(inputs)
+        return groups
+
+    def table_of(self, bucket: _core.Bucket, device: torch.device) -> _Table:
+        """A table on the device that describes the bucket: one of an earlier step, or a new one."""
+        for table in (*self._tables, *self._captured):
+            if table.serves(bucket):
+                break
+        else:
+            if loading.is_capturing():
+                raise RuntimeError(_NEW_TABLE_IN_A_GRAPH)
+            table = _Table(bucket, device)
+            self._tables = [table, *self._tables[: _MAX_TABLES - 1]]
+        if loading.is_capturing() and table not in self._captured:
+            self._captured.append(table)
+        bucket.set_memory(table.memory.data_ptr())
+        return table
+
+
+_NEW_TABLE_IN_A_GRAPH = (
+    "a CUDA graph is being captured, and no step has been taken before with these parameters and this state, so that "
+    "the compiled core would have to copy a table from the host; take one or more steps before the capture"
+)
+
+
+class CoreBucket:
+    """Tensors, of any groups, that share device and dtypes; implements `step.Bucket`."""
+
+    def __init__(self, bucket: _core.Bucket, gatherer: Gatherer, inputs: StepInputs) -> None:
+        self._bucket = bucket
+        kind, index = bucket.device
+        self.device = torch.device(kind, index) if kind == "cuda" else _CPU
+        self._groups = gatherer.groups_of((kind, index), inputs)
+        bucket.set_groups(self._groups.table)
+        # The tensors that a launch reads by address; they live as long as the bucket.
+        self._amp = [self._scalar(inputs.grad_scale), self._scalar(inputs.found_inf)]
+        bucket.set_amp(*(0 if scalar is None else scalar.data_ptr() for scalar in self._amp))
+        self._table = gatherer.table_of(bucket, self.device) if kind == "cuda" else None
+
+    def _scalar(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else moved(value, self.device).to(torch.float32)
+
+    @property
+    def locations(self) -> Sequence[Location]:
+        """See `step.Bucket`."""
+        return [Location(*location) for location in self._bucket.locations]
+
+    def _launch(self) -> tuple[int, int]:
+        """Number of threads, and CUDA stream, that the next operation is to use."""
+        if self._table is None:
+            return torch.get_num_threads(), 0
+        if not torch.cuda.is_current_stream_capturing():
+            # Where a graph is captured, torch.cuda.graph has waited for the device: all that was sent has arrived.
+            self._table.reach_current_stream()
+        return 0, torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def _numbers(self, columns: int) -> Tensor:
+        return torch.empty(len(self._bucket), columns, dtype=torch.float64, device=self.device)
+
+    def measure(self) -> Tensor:
+        """See `step.Bucket`."""
+        with profiling.range_of("measure", len(self._bucket)):
+            # Zeros: where found_inf is set the core leaves them as they are.
+            sums = self._numbers(len(PathSums._fields)).zero_()
+            self._bucket.measure(sums.data_ptr(), *self._launch())
+            return sums
+
+    def advance(self, sums: Tensor) -> Tensor:
+        """See `step.Bucket`."""
+        with profiling.range_of("adapt", len(self._bucket)):
+            sums = moved(sums, self.device).contiguous()
+            evidence = self._numbers(len(Evidence._fields)).zero_()
+            self._bucket.advance(sums.data_ptr(), evidence.data_ptr(), *self._launch())
+            return evidence
+
+    def rescale(self, evidence: Tensor) -> None:
+        """See `step.Bucket`."""
+        with profiling.range_of("adapt", len(self._bucket)):
+            evidence = moved(evidence, self.device).contiguous()
+            self._bucket.rescale(evidence.data_ptr(), len(evidence), *self._launch())
+
+    def update(self) -> None:
+        """See `step.Bucket`."""
+        with profiling.range_of("update", len(self._bucket)):
+            self._bucket.update(*self._launch())
+        self._mark_changed()
+
+    def step(self) -> None:
+        """See `step.Bucket`."""
+        with profiling.range_of("step", len(self._bucket)):
+            self._bucket.step(*self._launch())
+        self._mark_changed()
+
+    def _mark_changed(self) -> None:
+        # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph that
+        # saved a parameter before the step would quietly use the new values.
+        torch.autograd.graph.increment_version(self._bucket.params)
+
+
+_CPU = torch.device("cpu")
+
+
+class _Groups:
+    """The options of all param groups, as the core keeps them for one device."""
+
+    def __init__(self, device: tuple[str, int], count: int) -> None:
+        core = loading.core_or_warning()
+        self.table: _core.GroupTable = core.GroupTable(count)
+        self.count = count
+        self._names: tuple[str, ...] = core.OPTION_NAMES[1:]  # without lr, the first
+        self._device = _CPU if device[0] == "cpu" else torch.device(*device)
+        self._seen: list[tuple[GroupOptions, float] | None] = [None] * count
+        self._lr_tensors: list[Tensor | None] = [None] * count
+
+    def update(self, inputs: StepInputs) -> None:
+        """Take over what has changed since the last step."""
+        for group, (options, lr) in enumerate(zip(inputs.options, inputs.lrs, strict=True)):
+            if isinstance(lr, Tensor):
+                lr = self._on_device(lr)
+                self.table.set_lr_tensor(group, lr.data_ptr(), lr.dtype == torch.float64)
+                self._lr_tensors[group] = lr
+                lr = 0.0
+            elif self._lr_tensors[group] is not None:
+                self.table.set_lr_tensor(group, 0, False)
+                self._lr_tensors[group] = None
+            seen = self._seen[group]
+            if seen is None or seen[0] is not options or seen[1] != lr:
+                self.table.set(group, [lr, *(float(getattr(options, name)) for name in self._names)])
+                self._seen[group] = options, lr
+
+    def _on_device(self, lr: Tensor) -> Tensor:
+        lr = moved(lr.detach(), self._device)
+        return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
+
+
+class _Table:
+    """A bucket's table on a device: written once, sent in the background, read by the kernels of many steps.
+
+    Sent from pinned memory: the host does not wait, but every stream that is to read the table does.
+    """
+
+    def __init__(self, bucket: _core.Bucket, device: torch.device) -> None:
+        size, table_size = bucket.memory_sizes()
+        self._sizes = size, table_size, bucket.param_dtype, bucket.grad_dtype
+        self._device = device
+        self._host = torch.empty(table_size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        bucket.write_table(self._host.data_ptr())
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._stream = torch.cuda.current_stream(device)
+        self.memory[:table_size].copy_(self._host, non_blocking=True)
+        self._sent = self._stream.record_event()
+        self._readers: deque[torch.cuda.Stream] = deque([self._stream], maxlen=8)
+
+    def serves(self, bucket: _core.Bucket) -> bool:
+        """Whether this is the table that the bucket would write."""
+        size, table_size = bucket.memory_sizes()
+        return self._sizes == (size, table_size, bucket.param_dtype, bucket.grad_dtype) and bucket.table_equals(
+            self._host.data_ptr()
+        )
+
+    def reach_current_stream(self) -> None:
+        """Make the current stream wait for the table if it was sent on another one."""
+        current = torch.cuda.current_stream(self._device)
+        if current not in self._readers:
+            current.wait_event(self._sent)
+            self.memory.record_stream(current)
+            self._readers.append(current)

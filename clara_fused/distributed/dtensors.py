@@ -1,0 +1,100 @@
+"""DTensors: telling them apart, and getting at the memory on this rank."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ..step import Location, TensorWork
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether this is a DTensor; does not import what defines them (there can be none before that)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor itself. Call it without autograd."""
+    if not is_dtensor(tensor):
+        return tensor
+    part: Any = cast("DTensor", tensor).to_local()
+    return cast(Tensor, part.wait() if _is_awaited(part) else part)
+
+
+def _is_awaited(part: object) -> bool:
+    """Whether this is a wrapper around the result of a collective (AsyncCollectiveTensor), not yet memory to read."""
+    return hasattr(part, "trigger_wait")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank; all ranks of a DTensor's mesh must call this."""
+    return cast("DTensor", tensor).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def placed_like(value: Tensor, param: Tensor) -> Tensor:
+    """A whole (or differently sharded) tensor as a tensor of the parameter's mesh and placements.
+
+    A plain tensor is taken to be the whole one, equal on all ranks; nothing is sent then.
+    """
+    if not is_dtensor(param):
+        return whole(value)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = cast(DTensor, param).device_mesh, cast(DTensor, param).placements
+    if not is_dtensor(value):
+        # Not distribute_tensor: it cannot cut out the strided shards of FSDP2 with tensor parallelism (PyTorch 2.13).
+        value = DTensor.from_local(value.to(param.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return cast(DTensor, value).redistribute(mesh, placements)
+
+
+def placed_as_shard(part: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A DTensor with the mesh and placements of `like` whose part on this rank is `part`, sharing its memory.
+
+    Nothing is sent.
+
+    Args:
+        shape: of the whole tensor, contiguous; None: shape and strides of `like`.
+    """
+    from torch.distributed.tensor import DTensor
+
+    target = cast("DTensor", like)
+    stride = target.stride()
+    if shape is not None:
+        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(
+        part, target.device_mesh, target.placements, run_check=False, shape=shape or target.shape, stride=stride
+    )
+
+
+def local_work(location: Location, param: Tensor, grad: Tensor, state: dict[str, Any]) -> TensorWork:
+    """What the back ends get to see of a parameter: of a DTensor, this rank's part of it and of its state.
+
+    A gradient with other placements than its parameter (DTensor's autograd leaves sums over ranks undone) is brought
+    to the parameter's first, as torch.optim's own operations do.
+    """
+    if not is_dtensor(param):
+        return TensorWork(location, param, grad, state)
+    if grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = placed_like(grad, param)
+    return TensorWork(location, local(param), local(grad), _LocalState(state))
+
+
+class _LocalState(dict[str, Any]):
+    """The state of a DTensor parameter with this rank's parts as values; a value set here is set in the state."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__({name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()})
+        self._state = state
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        super().__setitem__(name, value)
+        before = self._state[name]
+        self._state[name] = placed_as_shard(value, before) if is_dtensor(before) else value

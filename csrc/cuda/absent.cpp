@@ -1,0 +1,32 @@
+// The CUDA back end of a build without CUDA. Nothing else knows whether there is one.
+#include <stdexcept>
+
+#include "cuda_backend.h"
+
+namespace clara {
+namespace cuda {
+namespace {
+
+constexpr const char* kProblem =
+    "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed";
+
+}  // namespace
+
+const char* toolkit() { return ""; }
+const char* architectures() { return ""; }
+
+bool supports(DType, DType) { return false; }
+std::string device_problem(int) { return kProblem; }
+
+// As no tensor of a CUDA device is served, no list of such tensors comes into being.
+ChunkCounts number_chunks(TensorRecord*, int64_t) { throw std::runtime_error(kProblem); }
+Layout layout(int64_t, const ChunkCounts&) { throw std::runtime_error(kProblem); }
+void write_table(const TensorRecord*, int64_t, void*) { throw std::runtime_error(kProblem); }
+void measure(const TensorList&, PathSums*, const Placement&) { throw std::runtime_error(kProblem); }
+void advance(const TensorList&, const PathSums*, Evidence*, const Placement&) { throw std::runtime_error(kProblem); }
+void rescale(const TensorList&, const Evidence*, const Placement&) { throw std::runtime_error(kProblem); }
+void update(const TensorList&, const Placement&) { throw std::runtime_error(kProblem); }
+void step(const TensorList&, const Placement&) { throw std::runtime_error(kProblem); }
+
+}  // namespace cuda
+}  // namespace clara

@@ -1,0 +1,271 @@
+// clara_fused.core._core: what Python sees of the core. Addresses come in as integers; the Python side owns the memory
+// behind them. The GIL is released around numeric work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cpu/cpu_backend.h"
+#include "../cpu/kernels.h"
+#include "../cpu/team.h"
+#include "../cuda/cuda_backend.h"
+#include "gather.h"
+
+namespace py = pybind11;
+
+namespace clara {
+namespace python {
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+constexpr const char* kOptionNames[] = {
+#define CLARA_NAME(name) #name,
+    CLARA_GROUP_OPTIONS(CLARA_NAME)
+#undef CLARA_NAME
+};
+constexpr size_t kOptions = sizeof(kOptionNames) / sizeof(*kOptionNames);
+static_assert(offsetof(GroupOptions, lr_tensor) == kOptions * sizeof(double), "the options are the first members");
+
+// Options of the param groups of an optimizer, as one device sees them.
+class GroupTable {
+ public:
+  explicit GroupTable(size_t group_count) : options_(group_count) {}
+
+  void set(size_t group, const std::vector<double>& values) {
+    if (values.size() != kOptions) throw py::value_error("expected one value for each of OPTION_NAMES");
+    std::memcpy(static_cast<void*>(&options_.at(group)), values.data(), kOptions * sizeof(double));
+  }
+
+  void set_lr_tensor(size_t group, Address address, bool is_double) {
+    options_.at(group).lr_tensor = pointer<const void>(address);
+    options_[group].lr_tensor_is_double = is_double;
+  }
+
+  const std::vector<GroupOptions>& options() const { return options_; }
+
+ private:
+  std::vector<GroupOptions> options_;
+};
+
+// The tensors of one device and storage types in one step.
+class Bucket {
+ public:
+  Bucket(GatheredBucket gathered, bool one_scale) : tensors_(std::move(gathered)) {
+    list_.tensors = tensors_.records.data();
+    list_.count = size();
+    list_.grads = tensors_.grads.data();
+    list_.param_dtype = tensors_.param_dtype;
+    list_.grad_dtype = tensors_.grad_dtype;
+    list_.one_scale = one_scale;
+    if (is_on_cuda()) {
+      number_chunks(cuda::number_chunks(tensors_.records.data(), size()));
+    } else {
+      number_chunks(cpu::number_chunks(tensors_.records.data(), size()));
+    }
+    for (const TensorRecord& record : tensors_.records) last_group_ = std::max(last_group_, record.group);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(tensors_.records.size()); }
+  DType param_dtype() const { return tensors_.param_dtype; }
+  DType grad_dtype() const { return tensors_.grad_dtype; }
+  const std::vector<Location>& locations() const { return tensors_.locations; }
+
+  std::pair<const char*, int32_t> device() const { return {is_on_cuda() ? "cuda" : "cpu", tensors_.device.index}; }
+
+  py::list params() const {
+    py::list objects(tensors_.params.size());
+    for (size_t i = 0; i < tensors_.params.size(); ++i) objects[i] = py::handle(tensors_.params[i]);
+    return objects;
+  }
+
+  void set_groups(std::shared_ptr<const GroupTable> groups) {
+    groups_ = std::move(groups);
+    list_.groups = groups_->options().data();
+    list_.group_count = static_cast<int64_t>(groups_->options().size());
+  }
+
+  // Scalars of a GradScaler, float32 on the device, or 0.
+  void set_amp(Address grad_scale, Address found_inf) {
+    list_.grad_scale = pointer<const float>(grad_scale);
+    list_.found_inf = pointer<const float>(found_inf);
+  }
+
+  // CUDA: what Python has to allocate for the bucket on the device, and its first part, to fill from the host.
+  std::pair<int64_t, int64_t> memory_sizes() const {
+    const cuda::Layout layout = cuda::layout(size(), {list_.chunk_count, list_.path_chunk_count});
+    return {layout.bytes, layout.table_bytes};
+  }
+
+  void write_table(Address host_memory) const {
+    cuda::write_table(tensors_.records.data(), size(), pointer<void>(host_memory));
+  }
+
+  bool table_equals(Address host_memory) const {
+    std::vector<int64_t> table(static_cast<size_t>(memory_sizes().second + 7) / 8);  // aligned to 8
+    cuda::write_table(tensors_.records.data(), size(), table.data());
+    return std::memcmp(table.data(), pointer<void>(host_memory), static_cast<size_t>(memory_sizes().second)) == 0;
+  }
+
+  void set_memory(Address device_memory) { memory_ = device_memory; }
+
+  // Calls verb(list, where) with the placement of the bucket's back end. Its namespace is the one in which the verbs are
+  // found: measure(list, sums, where) is cpu::measure or cuda::measure.
+  template <typename Verb>
+  void run(int threads, Address stream, Verb verb) const {
+    if (last_group_ >= list_.group_count) throw std::runtime_error("set_groups comes first, with all groups");
+    if (is_on_cuda()) {
+      const cuda::Placement where{tensors_.device.index, pointer<void>(stream), pointer<void>(memory_)};
+      const py::gil_scoped_release released;
+      verb(list_, where);
+    } else {
+      const py::gil_scoped_release released;
+      verb(list_, cpu::Placement{threads});
+    }
+  }
+
+  int64_t scale_count() const { return list_.one_scale ? 1 : size(); }
+
+ private:
+  bool is_on_cuda() const { return tensors_.device.is_cuda; }
+
+  template <typename ChunkCounts>
+  void number_chunks(const ChunkCounts& counts) {
+    list_.chunk_count = counts.chunks;
+    list_.path_chunk_count = counts.path_chunks;
+  }
+
+  GatheredBucket tensors_;
+  std::shared_ptr<const GroupTable> groups_;
+  TensorList list_{};
+  Address memory_ = 0;
+  int32_t last_group_ = -1;
+};
+
+void measure_bucket(const Bucket& bucket, Address sums, int threads, Address stream) {
+  bucket.run(threads, stream, [&](const TensorList& list, const auto& where) {
+    measure(list, pointer<PathSums>(sums), where);
+  });
+}
+
+void advance_bucket(const Bucket& bucket, Address sums, Address evidence, int threads, Address stream) {
+  bucket.run(threads, stream, [&](const TensorList& list, const auto& where) {
+    advance(list, pointer<const PathSums>(sums), pointer<Evidence>(evidence), where);
+  });
+}
+
+void rescale_bucket(const Bucket& bucket, Address evidence, int64_t rows, int threads, Address stream) {
+  if (rows != bucket.scale_count()) throw py::value_error("expected one row of evidence per scale");
+  bucket.run(threads, stream, [&](const TensorList& list, const auto& where) {
+    rescale(list, pointer<const Evidence>(evidence), where);
+  });
+}
+
+void update_bucket(const Bucket& bucket, int threads, Address stream) {
+  bucket.run(threads, stream, [](const TensorList& list, const auto& where) { update(list, where); });
+}
+
+void step_bucket(const Bucket& bucket, int threads, Address stream) {
+  bucket.run(threads, stream, [](const TensorList& list, const auto& where) { step(list, where); });
+}
+
+struct Gathered {
+  std::vector<std::shared_ptr<Bucket>> buckets;
+  std::vector<Location> irregular;
+};
+
+Gathered gather_buckets(const py::list& param_groups, const py::dict& state, bool one_scale) {
+  Gathering gathering = gather(param_groups, state, one_scale);
+  Gathered gathered{{}, std::move(gathering.irregular)};
+  for (GatheredBucket& bucket : gathering.buckets) {
+    gathered.buckets.push_back(std::make_shared<Bucket>(std::move(bucket), one_scale));
+  }
+  return gathered;
+}
+
+bool supports(bool on_cuda, DType param, DType grad) {
+  return on_cuda ? cuda::supports(param, grad) : cpu::supports(param, grad);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(CLARA_CPU_X86_KERNELS)
+  info["cpu_instruction_sets"] = std::vector<std::string>{"baseline", "avx2", "avx512"};
+#else
+  info["cpu_instruction_sets"] = std::vector<std::string>{"baseline"};
+#endif
+  info["cpu_instruction_set"] = cpu::best_kernels().instruction_set;
+  info["cpu_threads"] = cpu::thread_source();
+  info["compiler"] = __VERSION__;
+  info["cuda"] = py::none();
+  if (*cuda::toolkit() != 0) {
+    info["cuda"] = py::dict(py::arg("toolkit") = cuda::toolkit(), py::arg("architectures") = cuda::architectures());
+  }
+  return info;
+}
+
+}  // namespace
+}  // namespace python
+}  // namespace clara
+
+PYBIND11_MODULE(_core, m) {
+  using namespace clara;
+  using namespace clara::python;
+  m.doc() = "Compiled core of clara_fused: gather, measure, advance, rescale and update on raw memory.";
+
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16)
+      .value("float64", DType::kFloat64);
+
+  py::class_<GroupTable, std::shared_ptr<GroupTable>>(m, "GroupTable")
+      .def(py::init<size_t>(), py::arg("group_count"))
+      .def("set", &GroupTable::set, py::arg("group"), py::arg("values"))
+      .def("set_lr_tensor", &GroupTable::set_lr_tensor, py::arg("group"), py::arg("address"), py::arg("is_double"));
+
+  py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
+      .def_property_readonly("device", &Bucket::device)
+      .def_property_readonly("param_dtype", &Bucket::param_dtype)
+      .def_property_readonly("grad_dtype", &Bucket::grad_dtype)
+      .def_property_readonly("locations", &Bucket::locations)
+      .def_property_readonly("params", &Bucket::params)
+      .def("__len__", &Bucket::size)
+      .def("set_groups", &Bucket::set_groups, py::arg("groups"))
+      .def("set_amp", &Bucket::set_amp, py::arg("grad_scale"), py::arg("found_inf"))
+      .def("memory_sizes", &Bucket::memory_sizes)
+      .def("write_table", &Bucket::write_table, py::arg("host_memory"))
+      .def("table_equals", &Bucket::table_equals, py::arg("host_memory"))
+      .def("set_memory", &Bucket::set_memory, py::arg("device_memory"))
+      .def("measure", &measure_bucket, py::arg("sums"), py::arg("threads"), py::arg("stream"))
+      .def("advance", &advance_bucket, py::arg("sums"), py::arg("evidence"), py::arg("threads"), py::arg("stream"))
+      .def("rescale", &rescale_bucket, py::arg("evidence"), py::arg("rows"), py::arg("threads"), py::arg("stream"))
+      .def("update", &update_bucket, py::arg("threads"), py::arg("stream"))
+      .def("step", &step_bucket, py::arg("threads"), py::arg("stream"));
+
+  py::class_<Gathered>(m, "Gathered")
+      .def_readonly("buckets", &Gathered::buckets)
+      .def_readonly("irregular", &Gathered::irregular);
+
+  m.attr("version") = CLARA_VERSION;
+  m.attr("interface") = CLARA_INTERFACE;
+  py::tuple option_names(kOptions);
+  for (size_t i = 0; i < kOptions; ++i) option_names[i] = kOptionNames[i];
+  m.attr("OPTION_NAMES") = option_names;
+  m.def("gather", &gather_buckets, py::arg("param_groups"), py::arg("state"), py::arg("one_scale"));
+  m.def("supports", &clara::python::supports, py::arg("on_cuda"), py::arg("param"), py::arg("grad"));
+  m.def("build_info", &build_info);
+  m.def("cuda_problem", &cuda::device_problem, py::arg("device"));
+}

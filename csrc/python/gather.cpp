@@ -1,0 +1,507 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <tuple>
+
+#include "../cpu/cpu_backend.h"
+#include "../cuda/cuda_backend.h"
+#include "dlpack_exchange.h"
+
+namespace py = pybind11;
+
+namespace clara {
+namespace python {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------
+// Python objects
+// ---------------------------------------------------------------------------------------------------------------
+
+// Interned once, so that look-ups compare addresses; leaked, because interpreter shutdown must not free them.
+struct Names {
+  static PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+  PyObject* params = interned("params");
+  PyObject* amsgrad = interned("amsgrad");
+  PyObject* grad = interned("grad");
+  PyObject* is_neg = interned("is_neg");
+  PyObject* local_tensor = interned("_local_tensor");
+  PyObject* spec = interned("_spec");
+  PyObject* placements = interned("placements");
+  PyObject* tensor_meta = interned("tensor_meta");
+  PyObject* shape = interned("shape");
+  PyObject* dtensor_module = interned("torch.distributed.tensor");
+  PyObject* dtensor = interned("DTensor");
+
+  PyObject* step = interned("step");
+  PyObject* lr_scale = interned("lr_scale");
+  PyObject* exp_avg = interned("exp_avg");
+  PyObject* exp_avg_sq = interned("exp_avg_sq");
+  PyObject* max_exp_avg_sq = interned("max_exp_avg_sq");
+  PyObject* path = interned("path");
+  PyObject* walk[kWalkScalars] = {interned("walk_moment_sq"), interned("walk_path_moment"), interned("walk_path_sq")};
+};
+
+const Names& names() {
+  static const Names* all = new Names;
+  return *all;
+}
+
+// Takes over a new reference; null (with its Python error cleared) stays null.
+py::object owned(PyObject* new_reference) {
+  if (new_reference == nullptr) PyErr_Clear();
+  return py::reinterpret_steal<py::object>(new_reference);
+}
+
+py::object attribute(const py::object& of, PyObject* name) { return of ? owned(PyObject_GetAttr(of.ptr(), name)) : of; }
+
+// Borrowed; null without an error where there is none.
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
+
+// The state by the address of the parameter. The dict itself would hash parameters in Python code, which takes longer
+// than all the rest; tensors are equal as keys only if they are identical.
+class StateTable {
+ public:
+  explicit StateTable(PyObject* state) {
+    size_t slots = 16;
+    while (slots < 2 * static_cast<size_t>(PyDict_Size(state))) slots *= 2;
+    entries_.resize(slots);
+    Py_ssize_t position = 0;
+    for (Entry entry; PyDict_Next(state, &position, &entry.param, &entry.values);) *slot_of(entry.param) = entry;
+  }
+
+  // Borrowed; null where there is none.
+  PyObject* find(PyObject* param) { return slot_of(param)->values; }
+
+ private:
+  struct Entry {
+    PyObject* param = nullptr;
+    PyObject* values = nullptr;
+  };
+
+  Entry* slot_of(PyObject* param) {
+    size_t i = (reinterpret_cast<uintptr_t>(param) >> 4) * 0x9E3779B97F4A7C15u >> 20;
+    while (true) {
+      Entry& entry = entries_[i++ & (entries_.size() - 1)];
+      if (entry.param == param || entry.param == nullptr) return &entry;
+    }
+  }
+
+  std::vector<Entry> entries_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// Tensors
+// ---------------------------------------------------------------------------------------------------------------
+
+// What a raw pointer to a tensor depends on.
+struct View {
+  void* data;
+  Device device;
+  DType dtype;
+  int32_t ndim;
+  const int64_t* shape;  // valid as long as the tensor
+  const int64_t* strides;
+  int64_t numel;
+};
+
+// Reads tensors through torch's DLPack exchange API (torch 2.10), which takes tens of nanoseconds and runs no Python.
+class Reader {
+ public:
+  static const Reader& instance() {
+    static const Reader* reader = new Reader;
+    return *reader;
+  }
+
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == parameter_type_ || Py_TYPE(object) == tensor_type_;
+  }
+
+  // False, without a Python error, where the plain tensor has no memory that the core could work on.
+  bool read(PyObject* plain, View* out) const {
+    dlpack::Tensor tensor;
+    if (api_->tensor_from_object(plain, &tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    constexpr int32_t kCpu = 1, kCuda = 2;
+    if (tensor.device.type != kCpu && tensor.device.type != kCuda) return false;
+    out->device = {tensor.device.type == kCuda, tensor.device.type == kCuda ? tensor.device.id : -1};
+    if (!read_dtype(tensor.dtype, &out->dtype)) return false;
+    out->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    out->ndim = tensor.ndim;
+    out->shape = tensor.shape;
+    out->strides = tensor.strides;
+    out->numel = 1;
+    for (int32_t i = 0; i < tensor.ndim; ++i) out->numel *= tensor.shape[i];
+    return tensor.data != nullptr || out->numel == 0;
+  }
+
+ private:
+  Reader() {
+    const py::module_ torch = py::module_::import("torch");
+    // Never released, like the types.
+    tensor_type_ = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("Tensor")).release().ptr());
+    parameter_type_ = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("nn").attr("Parameter")).release().ptr());
+    py::object capsule = py::getattr(torch.attr("Tensor"), dlpack::kAttribute, py::none());
+    if (PyCapsule_CheckExact(capsule.ptr())) {
+      api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.release().ptr(), dlpack::kCapsuleName));
+      PyErr_Clear();
+    }
+    while (api_ != nullptr && api_->version.major > dlpack::kMajorVersion) api_ = api_->older_version;
+    if (api_ == nullptr || api_->version.major != dlpack::kMajorVersion || api_->tensor_from_object == nullptr) {
+      throw std::runtime_error("the compiled core reads tensors through torch's DLPack exchange API: torch >= 2.10");
+    }
+  }
+
+  static bool read_dtype(const dlpack::DataType& dtype, DType* out) {
+    constexpr uint8_t kFloat = 2, kBFloat = 4;
+    if (dtype.lanes != 1) return false;
+    if (dtype.code == kFloat && dtype.bits == 32) return *out = DType::kFloat32, true;
+    if (dtype.code == kFloat && dtype.bits == 64) return *out = DType::kFloat64, true;
+    if (dtype.code == kFloat && dtype.bits == 16) return *out = DType::kFloat16, true;
+    if (dtype.code == kBFloat && dtype.bits == 16) return *out = DType::kBFloat16, true;
+    return false;
+  }
+
+  PyTypeObject *tensor_type_, *parameter_type_;
+  const dlpack::ExchangeApi* api_ = nullptr;
+};
+
+// DTensor, or null as long as nobody has imported it: then there are none.
+PyTypeObject* dtensor_type() {
+  static PyTypeObject* type = nullptr;
+  if (type == nullptr) {
+    const py::object found = attribute(owned(PyImport_GetModule(names().dtensor_module)), names().dtensor);
+    // A new reference, never released.
+    if (found && PyType_Check(found.ptr())) type = reinterpret_cast<PyTypeObject*>(found.inc_ref().ptr());
+  }
+  return type;
+}
+
+bool is_dtensor(PyObject* object) { return Py_TYPE(object) == dtensor_type(); }
+
+// The plain tensor with this rank's memory: the object itself or what a DTensor wraps. Null for all others.
+py::object plain_tensor(PyObject* object) {
+  py::object tensor = py::reinterpret_borrow<py::object>(object);
+  if (Reader::instance().is_plain(object)) return tensor;
+  if (!is_dtensor(object)) return {};
+  tensor = attribute(tensor, names().local_tensor);
+  return tensor && Reader::instance().is_plain(tensor.ptr()) ? tensor : py::object();
+}
+
+// Both plain, or DTensors that are placed alike: a sum that is still to be reduced has the shape of its parameter too.
+bool placed_alike(PyObject* param, PyObject* grad) {
+  if (is_dtensor(param) != is_dtensor(grad)) return false;
+  if (!is_dtensor(param)) return true;
+  const auto placements = [](PyObject* of) {
+    return attribute(attribute(py::reinterpret_borrow<py::object>(of), names().spec), names().placements);
+  };
+  const py::object of_param = placements(param), of_grad = placements(grad);
+  const int equal = of_param && of_grad ? PyObject_RichCompareBool(of_param.ptr(), of_grad.ptr(), Py_EQ) : 0;
+  if (equal < 0) PyErr_Clear();
+  return equal > 0;
+}
+
+// Without gaps: some order of the dimensions is contiguous.
+bool is_dense(const View& tensor) {
+  for (int64_t expected = 1; expected < tensor.numel;) {
+    int32_t i = tensor.ndim - 1;
+    while (i >= 0 && !(tensor.strides[i] == expected && tensor.shape[i] > 1)) --i;
+    if (i < 0) return false;
+    expected *= tensor.shape[i];
+  }
+  return true;
+}
+
+bool is_contiguous(const View& tensor) {
+  int64_t expected = 1;
+  for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] > 1 && tensor.strides[i] != expected) return false;
+    expected *= tensor.shape[i];
+  }
+  return true;
+}
+
+bool same_layout(const View& a, const View& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int32_t i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i]) return false;
+    if (a.strides[i] != b.strides[i] && a.shape[i] > 1 && a.numel > 0) return false;
+  }
+  return true;
+}
+
+// Elements in a row of the whole tensor; see Note [Sampled path] and docs/algorithm.md. 0 where it cannot be told.
+int64_t whole_row(PyObject* param, const View& local) {
+  int64_t row = 1;
+  if (!is_dtensor(param)) {
+    for (int32_t i = local.ndim == 1 ? 0 : 1; i < local.ndim; ++i) row *= local.shape[i];
+    return row;
+  }
+  const py::object spec = attribute(py::reinterpret_borrow<py::object>(param), names().spec);
+  const py::object shape = attribute(attribute(spec, names().tensor_meta), names().shape);
+  if (!shape || !PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != local.ndim) return 0;
+  for (int32_t i = local.ndim == 1 ? 0 : 1; i < local.ndim; ++i) {
+    row *= PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+  }
+  PyErr_Clear();
+  return row;
+}
+
+// Sets run and kept of the record to what the path's shape says; false if it is no path of such a parameter.
+bool read_sample(PyObject* param_object, const View& param, const View& path, TensorRecord* record) {
+  constexpr int64_t kMaxRun = 1024;
+  record->run = record->kept = 1;
+  if (same_layout(param, path)) return true;
+  if (param.numel == 0) return path.numel == 0;  // an empty shard
+  if (param.ndim == 0 || path.numel == 0 || !is_contiguous(path)) return false;
+  const bool one_row = param.ndim == 1;
+  const int64_t rows = one_row ? 1 : param.shape[0], row = param.numel / rows;
+  if (path.ndim != (one_row ? 1 : 2) || (!one_row && path.shape[0] != rows)) return false;
+  if (rows > 1 && param.strides[0] != row) return false;
+  const int64_t whole = whole_row(param_object, param);
+  const int64_t run = std::min(whole & -whole, kMaxRun);
+  if (run == 0 || row % run != 0 || path.numel / rows % (row / run) != 0) return false;
+  const int64_t kept = path.numel / rows / (row / run);
+  if (kept >= run || (kept & (kept - 1)) != 0) return false;
+  record->run = static_cast<int32_t>(run);
+  record->kept = static_cast<int32_t>(kept);
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Gather
+// ---------------------------------------------------------------------------------------------------------------
+
+struct Candidate {
+  Location location;
+  PyObject *param, *grad;              // as the user has them
+  PyObject *plain_param, *plain_grad;  // null: has none
+  bool amsgrad;
+  bool regular;
+  // Of a regular one:
+  Device device;
+  DType param_dtype, grad_dtype;
+  const void* grad_data;
+  int64_t param_bytes;
+  TensorRecord record;
+};
+
+class Gatherer {
+ public:
+  Gatherer() : owners_(std::make_shared<Owners>()) {}
+
+  // First of all, because this may run code of the user's (torch function modes, comparison of placements): whatever
+  // that changes, all that was found has an owner.
+  void find_gradients(const py::list& param_groups) {
+    const Reader& reader = Reader::instance();
+    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups.ptr()); ++g) {
+      const py::object group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), g));
+      if (!PyDict_Check(group.ptr())) throw py::type_error("param_groups must hold dicts");
+      const py::object params = py::reinterpret_borrow<py::object>(item(group.ptr(), names().params));
+      if (!params || !PyList_Check(params.ptr())) throw py::type_error("the params of a group must be a list");
+      PyObject* const amsgrad = item(group.ptr(), names().amsgrad);
+      const bool is_amsgrad = amsgrad != nullptr && amsgrad != Py_False && PyObject_IsTrue(amsgrad) > 0;
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+        py::object param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+        py::object grad = owned(PyObject_GetAttr(param.ptr(), names().grad));
+        if (!grad || grad.is_none()) continue;
+        Candidate candidate{};
+        candidate.location = {g, i};
+        candidate.param = param.ptr();
+        candidate.grad = grad.ptr();
+        candidate.amsgrad = is_amsgrad;
+        if (reader.is_plain(param.ptr()) && reader.is_plain(grad.ptr())) {
+          candidate.plain_param = param.ptr();
+          candidate.plain_grad = grad.ptr();
+        } else if (placed_alike(param.ptr(), grad.ptr())) {
+          candidate.plain_param = keep(plain_tensor(param.ptr()));
+          candidate.plain_grad = keep(plain_tensor(grad.ptr()));
+        }
+        keep(std::move(param));
+        keep(std::move(grad));
+        candidates_.push_back(candidate);
+      }
+    }
+    PyErr_Clear();
+  }
+
+  // Runs no code of anybody's.
+  void read_state(const py::dict& state, bool one_scale) {
+    StateTable table(state.ptr());
+    constexpr size_t kEntriesOfMost = 8;
+    owners_->reserve(owners_->size() + kEntriesOfMost * candidates_.size());
+    for (Candidate& candidate : candidates_) {
+      PyObject* values = table.find(candidate.param);
+      candidate.regular = candidate.plain_param != nullptr && candidate.plain_grad != nullptr && values != nullptr &&
+                          PyDict_Check(values) && read(values, &candidate) && (!one_scale || has_the_scale(candidate));
+    }
+  }
+
+  // Views that stand for the negative of their memory. Of more than one element such views show in their strides: they
+  // are imaginary parts.
+  void drop_negatives() {
+    for (Candidate& candidate : candidates_) {
+      if (!candidate.regular || candidate.record.numel != 1) continue;
+      for (PyObject* tensor : {candidate.plain_param, candidate.plain_grad}) {
+        if (owned(PyObject_CallMethodNoArgs(tensor, names().is_neg)).ptr() != Py_False) candidate.regular = false;
+      }
+    }
+  }
+
+  void drop_overlaps() {
+    struct Range {
+      const char *begin, *end;
+      Candidate* candidate;
+    };
+    std::vector<Range> ranges;
+    ranges.reserve(candidates_.size());
+    for (Candidate& candidate : candidates_) {
+      if (!candidate.regular) continue;
+      const auto* begin = static_cast<const char*>(candidate.record.param);
+      int64_t bytes = candidate.param_bytes;
+      if (bytes == 0) {  // no memory, but a state that must not be stepped twice at once
+        begin = reinterpret_cast<const char*>(candidate.param);
+        bytes = 1;
+      }
+      ranges.push_back({begin, begin + bytes, &candidate});
+    }
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    for (size_t i = 1, last = 0; i < ranges.size(); ++i) {  // `last`: of those before, the one that reaches furthest
+      if (ranges[i].begin < ranges[last].end && ranges[i].candidate->device == ranges[last].candidate->device) {
+        ranges[i].candidate->regular = ranges[last].candidate->regular = false;
+      }
+      if (ranges[i].end > ranges[last].end) last = i;
+    }
+  }
+
+  Gathering result() {
+    Gathering all;
+    GatheredBucket* bucket = nullptr;
+    for (const Candidate& c : candidates_) {
+      if (!c.regular) {
+        all.irregular.push_back(c.location);
+        continue;
+      }
+      const auto takes = [&](const GatheredBucket& b) {
+        return b.device == c.device && b.param_dtype == c.param_dtype && b.grad_dtype == c.grad_dtype;
+      };
+      if (bucket == nullptr || !takes(*bucket)) {
+        const auto found = std::find_if(all.buckets.begin(), all.buckets.end(), takes);
+        const auto index = static_cast<size_t>(found - all.buckets.begin());
+        if (index == all.buckets.size()) {
+          all.buckets.push_back({c.device, c.param_dtype, c.grad_dtype, {}, {}, {}, {}, owners_});
+        }
+        bucket = &all.buckets[index];
+      }
+      bucket->records.push_back(c.record);
+      bucket->grads.push_back(c.grad_data);
+      bucket->locations.push_back(c.location);
+      bucket->params.push_back(c.param);
+    }
+    const auto key = [](const GatheredBucket& b) {
+      return std::make_tuple(b.device.is_cuda, b.device.index, b.param_dtype, b.grad_dtype);
+    };
+    std::sort(all.buckets.begin(), all.buckets.end(),
+              [&](const GatheredBucket& a, const GatheredBucket& b) { return key(a) < key(b); });
+    return all;
+  }
+
+ private:
+  PyObject* keep(py::object object) {
+    if (!object) return nullptr;
+    owners_->push_back(std::move(object));
+    return owners_->back().ptr();
+  }
+
+  bool read(PyObject* values, Candidate* c) {
+    View param, grad;
+    if (!Reader::instance().read(c->plain_param, &param) || !Reader::instance().read(c->plain_grad, &grad)) return false;
+    c->device = param.device;
+    c->param_dtype = param.dtype;
+    c->grad_dtype = grad.dtype;
+    c->grad_data = grad.data;
+    if (!(grad.device == param.device) || !same_layout(param, grad) || !is_dense(param)) return false;
+    if (!(param.device.is_cuda ? cuda::supports(param.dtype, grad.dtype) : cpu::supports(param.dtype, grad.dtype))) {
+      return false;
+    }
+
+    TensorRecord& record = c->record;
+    record.param = param.data;
+    record.numel = param.numel;
+    record.group = static_cast<int32_t>(c->location.first);
+    c->param_bytes = param.numel * (param.dtype == DType::kFloat64 ? 8 : param.dtype == DType::kFloat32 ? 4 : 2);
+    const Names& n = names();
+    for (int i = 0; i < kWalkScalars; ++i) {
+      if (!read_scalar(values, n.walk[i], param, &record.walk[i])) return false;
+    }
+    View path;
+    if (!read_entry(values, n.path, param, &path) || !read_sample(c->param, param, path, &record)) return false;
+    record.path = path.data;
+    return read_scalar(values, n.step, param, &record.step) && read_scalar(values, n.lr_scale, param, &record.lr_scale) &&
+           read_moment(values, n.exp_avg, param, &record.exp_avg) &&
+           read_moment(values, n.exp_avg_sq, param, &record.exp_avg_sq) &&
+           (!c->amsgrad || read_moment(values, n.max_exp_avg_sq, param, &record.max_exp_avg_sq));
+  }
+
+  // An entry on the parameter's device, of the type of its moments.
+  bool read_entry(PyObject* values, PyObject* name, const View& param, View* out) {
+    const DType dtype = param.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    return read_any(values, name, param, out) && out->dtype == dtype;
+  }
+
+  bool read_any(PyObject* values, PyObject* name, const View& param, View* out) {
+    PyObject* object = item(values, name);
+    if (object == nullptr) return false;
+    PyObject* plain = keep(plain_tensor(object));
+    return plain != nullptr && Reader::instance().read(plain, out) && out->device == param.device;
+  }
+
+  bool read_moment(PyObject* values, PyObject* name, const View& param, void** out) {
+    View moment;
+    if (!read_entry(values, name, param, &moment) || !same_layout(param, moment)) return false;
+    *out = moment.data;
+    return true;
+  }
+
+  bool read_scalar(PyObject* values, PyObject* name, const View& param, float** out) {
+    View scalar;
+    if (!read_any(values, name, param, &scalar) || scalar.dtype != DType::kFloat32 || scalar.ndim != 0) return false;
+    *out = static_cast<float*>(scalar.data);
+    return true;
+  }
+
+  // Whether its scale is the one that those before it on its device have.
+  bool has_the_scale(const Candidate& candidate) {
+    for (const auto& [device, scale] : scales_) {
+      if (device == candidate.device) return scale == candidate.record.lr_scale;
+    }
+    scales_.emplace_back(candidate.device, candidate.record.lr_scale);
+    return true;
+  }
+
+  std::shared_ptr<Owners> owners_;
+  std::vector<Candidate> candidates_;
+  std::vector<std::pair<Device, const float*>> scales_;
+};
+
+}  // namespace
+
+Gathering gather(const py::list& param_groups, const py::dict& state, bool one_scale) {
+  Gatherer gatherer;
+  gatherer.find_gradients(param_groups);
+  gatherer.read_state(state, one_scale);
+  gatherer.drop_negatives();
+  gatherer.drop_overlaps();
+  return gatherer.result();
+}
+
+}  // namespace python
+}  // namespace clara
