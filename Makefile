@@ -1,7 +1,7 @@
 # Every target works on its own in a fresh clone: it makes .venv, installs what it needs and builds the package.
 #   make demo      train a small GPT with Adam and the three optimizers; table and plot in demo/
 #   make test      what CI runs: lint, type check, tests with coverage, test-processors
-#                  (PYTEST_ARGS="--no-cov -x tests/test_examples.py")
+#                  (PYTEST_ARGS="--no-cov -x tests/programs/test_examples.py")
 #   make lint      ruff, mypy and actionlint (the pipelines) alone
 #   make test-processors   the fast tests again, as they run on other processors than this one
 #   make test-aarch64      the C++ core on an emulated Arm processor; needs g++-aarch64-linux-gnu and qemu-user
@@ -9,7 +9,7 @@
 #   make docs      the documentation site, into build/site/
 #   make wheel     dist/*.whl, for this machine's Python
 #   make sdist     dist/*.tar.gz
-#   make test-wheel        builds both and tries them in environments of their own, without a compiler
+#   make test-wheel        a wheel from the sdist, tried in a fresh environment without a compiler
 #   make study     the learning-rate study, hours; stopped at any time, it goes on where it was  (STUDY_ARGS="--help")
 #   make study-quick     a small part of it, minutes
 #   make study-figures   pictures and tables of docs/learning_rate.md, from the study's records
@@ -73,7 +73,7 @@ ACTIONLINT = if [ -x $(BIN)/actionlint ]; then echo $(BIN)/actionlint; $(BIN)/ac
 
 define TEST_PROCESSORS
 	@echo "== the fast tests, as on other processors (minutes for each)"
-	$(BIN)/python tests/processors.py $(or $(wildcard tests/optimizer tests/core),tests/test_core_cpu.py)
+	$(BIN)/python tests/processors.py tests/optimizer tests/core
 endef
 
 test: $(VENV)/.ready-test

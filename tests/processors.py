@@ -17,14 +17,9 @@ import sys
 KINDS = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}
 
 KERNELS_IN_USE = """
-import importlib
 import torch
-import clara_fused
-try:
-    core = importlib.import_module("clara_fused.core._core")
-except ModuleNotFoundError:
-    core = importlib.import_module("clara_fused._core")  # of version 1
-print(core.build_info()["cpu_instruction_set"], torch.backends.cpu.get_cpu_capability().lower())
+from clara_fused.core import _core
+print(_core.build_info()["cpu_instruction_set"], torch.backends.cpu.get_cpu_capability().lower())
 """
 
 

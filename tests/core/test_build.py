@@ -118,7 +118,7 @@ def test_without_nvcc_the_default_is_the_cpu(
     assert "no nvcc on the path" in str(plan)
 
 
-@pytest.mark.parametrize("declaration", ["clara_fused/_core.pyi", "clara_fused/core/_core.pyi"])
+@pytest.mark.parametrize("declaration", ["clara_fused/core/_core.pyi", "clara_fused/elsewhere/_core.pyi"])
 def test_the_core_lies_beside_its_declaration(
     declaration: str, tmp_path: Path, load_setup: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
