@@ -88,16 +88,17 @@ class TorchBucket:
     def measure(self) -> Tensor:
         """See `step.Bucket`."""
         with profiling.range_of("measure", len(self._works)):
-            sums = torch.zeros(len(self._works), 5, dtype=adaptation.scalar_dtype(self.device), device=self.device)
+            shape = (len(self._works), len(adaptation.PathSums._fields))
+            sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
             if self._skipped:
                 return sums
             per_unit = [self._measure_unit(unit) for unit in self._blocks(sampled=True)]
-            sums[:, :5] = torch.cat(per_unit, dim=1).T
+            sums[:, :-1] = torch.cat(per_unit, dim=1).T
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
             # that has long been somebody else's.
             start = 0
             for unit in self._units:
-                sums[start : start + len(unit), 5] = unit[0].param.numel()
+                sums[start : start + len(unit), -1] = unit[0].param.numel()
                 start += len(unit)
             return sums
 

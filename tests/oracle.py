@@ -161,6 +161,11 @@ def is_zero(x: Number) -> bool:
     return bool(x.hi == 0 and x.lo == 0) if isinstance(x, Interval) else bool(x == 0)
 
 
+def may_be_zero(x: Number) -> bool:
+    """Whether zero is among the values that rounding allows."""
+    return bool(np.all(x.lo <= 0)) if isinstance(x, Interval) else bool(np.all(np.asarray(x) == 0))
+
+
 def maximum(x: Number, y: Number) -> Number:
     return x.at_least(y) if isinstance(x, Interval) else np.maximum(x, y)
 
@@ -356,12 +361,12 @@ class Walk:
     path_sq: Number = 0.0
 
     def advanced(self, options: Options, step: int, sums: Sums) -> Walk:
-        if is_zero(sums.path_sq):
+        if may_be_zero(sums.path_sq):
             return self
         beta1, q, s = options.betas[0], options.path_decay, options.path_gain
         bias1 = 1 - beta1**step
         before = sums.path_before_sq
-        if is_zero(before):
+        if may_be_zero(before):
             # No path so far. Moments may be older than it: then as they are, u being m/d / bias1.
             V = sums.step_sq * bias1**2
         else:
@@ -454,7 +459,7 @@ def next_scale_bounds(options: Options, scale: Interval, e: Evidence) -> Interva
     corners = list(itertools.product(*(ends(getattr(e, name)) for name in e.__dataclass_fields__)))
     starts = ends(scale)
     scales = [next_scale(options, start, Evidence(*corner)) for corner in corners for start in starts]
-    if ends(e.grad_sq)[0] == 0.0:  # squares so small that they may be rounded to none, which is no evidence
+    if 0.0 in (ends(e.path_sq)[0], ends(e.step_sq)[0]):  # squares so small that they may be rounded to none, which is no evidence
         scales += starts
     low, high = min(scales), max(scales)
     return Interval(low * (1 - 4 * UNIT["float32"]), high * (1 + 4 * UNIT["float32"]), scale.unit)
