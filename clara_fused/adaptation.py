@@ -91,8 +91,8 @@ def advanced_walks(
     beta1, q = options.beta1, 1.0 - options.smoothing
     bias1 = bias_correction(options.log_beta1, steps)
     before = new.path_before_sq
-    # Without a path so far the moments may all the same be old (a checkpoint of Adam's): their squares as they are. From
-    # a fresh start this is the recursion's own value.
+    # Without a path so far the moments may all the same be old (a checkpoint of Adam's): their squares as they are.
+    # From a fresh start this is the recursion's own value.
     moment_sq = torch.where(
         before == 0.0,
         bias1 * bias1 * new.step_sq,
@@ -193,6 +193,8 @@ def total_evidence(evidence: Sequence[Tensor]) -> Tensor:
     Returns:
         [6], columns of `Evidence`.
     """
+    if not evidence:
+        return torch.zeros(len(Evidence._fields), dtype=torch.float64, device="cpu")
     device = next((part.device for part in evidence if part.device.type != "cpu"), evidence[0].device)
     rows = torch.cat([part.to(device, scalar_dtype(device), non_blocking=device.type != "cpu") for part in evidence])
     return fixed_order_sum(torch.sort(rows, dim=0).values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ from .options import (
     check_switches,
     drop_switches,
     largest_lr,
-    read_lr,
 )
-from .step import Bucket, Location, Ranks, StepInputs, TensorWork, adapt_one_scale, moved
+from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, moved
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
@@ -92,6 +91,7 @@ class AdamClara(Constructor, Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients that are there.
@@ -112,52 +112,40 @@ class AdamClara(Constructor, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inputs, ranks, buckets = self._begin_step()
+        try:
+            inputs = self._read_inputs()
+            ranks, inputs = sharding.join(self, inputs)
+            buckets = self._gather(inputs)
+        except Exception as error:
+            sharding.fail_together(self, error)  # the ranks that share parameters
+            raise
         if ranks is None and (not self.one_scale or (len(buckets) == 1 and len(self._shared_scales()) == 1)):
             for bucket in buckets:
                 bucket.step()
-        else:
-            sums = [bucket.measure() for bucket in buckets]
-            sums = sums if ranks is None else ranks.whole_sums(buckets, sums)
-            evidence = [bucket.advance(rows) for bucket, rows in zip(buckets, sums, strict=True)]
-            if self.one_scale and (buckets or ranks is not None):
-                total = total_evidence(evidence) if ranks is None else ranks.total(buckets, evidence)
-                adapt_one_scale(total, self._shared_scales().values(), inputs)
-            elif not self.one_scale:
-                for bucket, rows in zip(buckets, evidence, strict=True):
-                    bucket.rescale(rows)
-            for bucket in buckets:
-                bucket.update()
+            return loss
+        sums = [bucket.measure() for bucket in buckets]
+        sums = sums if ranks is None else ranks.whole_sums(buckets, sums)
+        evidence = [bucket.advance(rows) for bucket, rows in zip(buckets, sums, strict=True)]
+        if self.one_scale:
+            total = total_evidence(evidence) if ranks is None else ranks.total(buckets, evidence)
+            adapt_one_scale(total, self._shared_scales().values(), inputs)
+        for bucket, rows in zip(buckets, evidence, strict=True):
+            if not self.one_scale:
+                bucket.rescale(rows)
+            bucket.update()
         return loss
 
-    def _begin_step(self) -> tuple[StepInputs, Ranks | None, Sequence[Bucket]]:
-        """All checks, and what the step works on; an error is raised on all ranks that share parameters."""
-        try:
-            self._check_shards()
-            inputs = self._read_inputs()
-            ranks, inputs = sharding.join(self, inputs)
-            return inputs, ranks, self._gather(inputs)
-        except Exception as error:
-            sharding.fail_together(self, error)
-            raise
-
-    def _check_shards(self) -> None:
-        """Refuse parameters that are shards of nobody knows what; once."""
+    def _read_inputs(self) -> StepInputs:
+        """Read and check everything a step depends on beside the tensors."""
         if not self._shards_are_checked:
             for location, param in self._located(None):
                 sharding.check_shards(param, *location, self.process_group, self.one_scale)
             self._shards_are_checked = True
-
-    def _read_inputs(self) -> StepInputs:
-        """Read and check everything a step depends on beside the tensors."""
-        options = self._options.read(self.param_groups)
-        lrs = [read_lr(group["lr"], index) for index, group in enumerate(self.param_groups)]
-        amp = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        # Where no parameter has a gradient the scaler's found_inf is a sum over nothing: the number 0.
-        grad_scale, found_inf = (
-            value if value is None or isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
-            for value in amp
-        )
+        options, lrs = self._options.read(self.param_groups)
+        # A GradScaler's. Where no parameter has a gradient its found_inf is a sum over nothing: the number 0.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if isinstance(found_inf, (int, float)):
+            found_inf = torch.tensor(found_inf, dtype=torch.float32, device="cpu")
         return StepInputs(options, lrs, grad_scale, found_inf, self.one_scale)
 
     def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
@@ -222,7 +210,7 @@ class AdamClara(Constructor, Optimizer):
         """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
         group_index, param_index = location
         param = self.param_groups[group_index]["params"][param_index]
-        options = self._options.read(self.param_groups)
+        options, _ = self._options.read(self.param_groups)
         entry: dict[str, Any] = self.state[param]
         if "exp_avg" in entry and not (self.one_scale and self._shared_scales()):
             scale: float | Tensor = state.trained_scale(options[group_index])
@@ -255,7 +243,8 @@ class AdamClara(Constructor, Optimizer):
         if groups[0] not in self._initial_scales:
             sizes = [self._size(index) for index in groups]
             size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
-            lr = largest_lr([read_lr(self.param_groups[index]["lr"], index) for index in groups], size.device)
+            lrs = [self._options.read(self.param_groups)[1][index] for index in groups]
+            lr = largest_lr(lrs, size.device)
             self._initial_scales[groups[0]] = state.cautious_scale(size, lr, own)
         return self._initial_scales[groups[0]]
 
@@ -272,7 +261,7 @@ class AdamClara(Constructor, Optimizer):
             per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy. A
             parameter that was never stepped has the scale that it would start with (1 where only other ranks know).
         """
-        options = self._options.read(self.param_groups)
+        options, _ = self._options.read(self.param_groups)
         known = dict(self._initial_scales)
         scales = [self._group_scales(index, group["params"], options) for index, group in enumerate(self.param_groups)]
         self._initial_scales = known  # they are settled by the first step, not by looking
@@ -305,8 +294,8 @@ class AdamClara(Constructor, Optimizer):
             as `lr_scales`: per param group a float32 tensor [number of parameters]; later steps do not change it.
         """
         effective = []
-        for index, (group, scales) in enumerate(zip(self.param_groups, self.lr_scales(), strict=True)):
-            lr = read_lr(group["lr"], index)
+        _, lrs = self._options.read(self.param_groups)
+        for lr, scales in zip(lrs, self.lr_scales(), strict=True):
             lr = moved(lr, scales.device).reshape(()).to(torch.float32) if isinstance(lr, Tensor) else lr
             effective.append(scales * lr)
         return effective
@@ -333,7 +322,6 @@ class AdamClara(Constructor, Optimizer):
         try:
             drop_switches(group, index)
             self._options.read_group(group, index)
-            read_lr(group["lr"], index)
             if len(set(map(id, group["params"]))) < len(group["params"]):
                 raise ValueError(f"param group {index}: a parameter appears more than once in the group")
         except Exception:
@@ -353,7 +341,7 @@ class AdamClara(Constructor, Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer, of its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
+        """Load a state dict of this optimizer or its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
 
         Dtypes are kept bit for bit; tensors are copied, also when ``state_dict`` holds the live ones of another
         optimizer. What another Adam lacks starts fresh: ``path`` at zeros, ``lr_scale`` at 1 (or a number given as
@@ -383,14 +371,16 @@ class AdamClara(Constructor, Optimizer):
         for group, template in zip(groups, templates, strict=True):
             state.adopt_group(group, template, self.option_names)
             reader.normalize(group)
-        options = reader.read(groups)
-        all_elements = getattr(self, "_process_group", new.get("_process_group")).group is not None
+        options, _ = reader.read(groups)
+        process_group: sharding.ProcessGroupReference = new.get("_process_group") or self._process_group
+        all_elements = process_group.group is not None
         for group_index, group in enumerate(groups):
             for param_index, param in enumerate(group["params"]):
                 entry = new["state"].get(param)
                 if entry and any(isinstance(value, state.Verbatim) for value in entry.values()):
+                    location, group_step = (group_index, param_index), group_steps[group_index]
                     new["state"][param] = state.adopt(
-                        entry, param, options[group_index], group_steps[group_index], (group_index, param_index), all_elements
+                        entry, param, options[group_index], group_step, location, all_elements
                     )
         super().__setstate__(new)
         self._forget_caches()
@@ -403,7 +393,7 @@ _NO_STATE_IN_A_GRAPH = (
     "one or more steps before the capture"
 )
 
-_IRREGULAR = "the compiled core does not serve parameters that share memory with another one; use fused=None or fused=False"
+_IRREGULAR = "the compiled core does not serve parameters that share memory; use fused=None or fused=False"
 
 
 def _has_scale(entry: object) -> bool:

@@ -121,7 +121,9 @@ class SmoothedConstructor(Constructor):
 
 def as_number(value: object) -> float | None:
     """A real number, numpy's included, or a tensor or array of one element as a float; None for anything else."""
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, (bool, str)):
+        return None
+    if isinstance(value, Real):
         return float(value)
     if isinstance(value, Tensor):
         return float(value) if value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool else None
@@ -212,7 +214,7 @@ class Option(NamedTuple):
 
 
 OPTIONS: Mapping[str, Option] = {
-    "lr": Option(_number("Invalid learning rate", lambda x: x >= 0.0, ">= 0")),  # not in GroupOptions: see `read_lr`
+    "lr": Option(lambda name, lr: {}),  # may be a tensor that must not be read: see `_read_lr`
     "betas": Option(_betas),
     "eps": Option(_number("Invalid epsilon value", lambda x: x >= 0.0, ">= 0")),
     "weight_decay": Option(_number("Invalid weight_decay value", lambda x: x >= 0.0, ">= 0")),
@@ -286,32 +288,35 @@ class OptionReader:
 
     def __init__(self, names: Iterable[str], one_for_all: bool) -> None:
         self.names = tuple(names)
-        self._get = itemgetter(*(name for name in self.names if name != "lr"))
+        self._values = itemgetter(*(name for name in self.names if name != "lr"))
         self._one_for_all = one_for_all
         self._seen: list[Any] = []
         self._read: list[GroupOptions] = []
 
-    def read(self, groups: Sequence[Mapping[str, Any]]) -> list[GroupOptions]:
-        """Options of all groups.
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[GroupOptions], list[float | Tensor]]:
+        """Options and learning rates of all groups; a rate is a tensor where only a device knows its value.
 
         Raises:
             ValueError, TypeError: names group and option.
         """
-        values = [self._get(group) for group in groups]
+        values = [self._values(group) for group in groups]
         if values != self._seen:
-            fresh = [self.read_group(group, index) for index, group in enumerate(groups)]
+            self._read = [self.read_group(group, index) for index, group in enumerate(groups)]
             if self._one_for_all:
                 self._check_equal(groups)
-            self._seen, self._read = [_frozen(each) for each in values], fresh
-        return self._read
+            self._seen = [_frozen(each) for each in values]
+        lrs = [group["lr"] for group in groups]
+        return self._read, [
+            lr if type(lr) is float and lr >= 0.0 else _read_lr(lr, index) for index, lr in enumerate(lrs)
+        ]
 
     def read_group(self, group: Mapping[str, Any], index: int) -> GroupOptions:
-        """Options of one group, see `read`."""
+        """Options of one group, and a check of its learning rate; see `read`."""
+        _read_lr(group["lr"], index)
         fields: dict[str, Any] = {}
         try:
             for name in self.names:
-                if name != "lr":
-                    fields.update(OPTIONS[name].read(name, group[name]))
+                fields.update(OPTIONS[name].read(name, group[name]))
             options = GroupOptions(**fields)
             if options.initial_scale and not options.scale_low <= options.initial_scale <= options.scale_high:
                 raise ValueError(
@@ -323,9 +328,7 @@ class OptionReader:
         return options
 
     def _check_equal(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for name in self.names:
-            if not OPTIONS[name].one_for_all:
-                continue
+        for name in (name for name in self.names if OPTIONS[name].one_for_all):
             expected = OPTIONS[name].read(name, groups[0][name])
             for index, group in enumerate(groups):
                 if OPTIONS[name].read(name, group[name]) != expected:
@@ -350,13 +353,7 @@ def readable(tensor: Tensor) -> bool:
     )
 
 
-def read_lr(lr: Any, index: int) -> float | Tensor:
-    """A group's learning rate as a float; as a tensor where only a device knows its value.
-
-    Raises:
-        ValueError: negative, NaN, or more than one element.
-        TypeError: neither a number nor a floating-point tensor.
-    """
+def _read_lr(lr: Any, index: int) -> float | Tensor:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"param group {index}: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -364,14 +361,12 @@ def read_lr(lr: Any, index: int) -> float | Tensor:
             raise TypeError(f"param group {index}: Tensor lr must be floating point, got {lr.dtype}")
         if not readable(lr):
             return lr
-    try:
-        number: float = OPTIONS["lr"].read("lr", lr)["lr"]
-    except TypeError:
-        raise TypeError(
-            f"param group {index}: lr must be a float or a one-element tensor, got {type(lr).__name__}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"param group {index}: {error}".replace(" (expected >= 0)", "")) from None
+    number = as_number(lr)
+    if number is None:
+        kind = type(lr).__name__
+        raise TypeError(f"param group {index}: lr must be a float or a one-element tensor, got {kind}")
+    if not number >= 0.0:
+        raise ValueError(f"param group {index}: Invalid learning rate: {number}")
     return number
 
 
@@ -388,7 +383,7 @@ def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | T
 # --- torch.optim's switches ------------------------------------------------------------------------------------------
 
 _ADVICE = {
-    "foreach": "the compiled core (fused=None) and the PyTorch back end (fused=False) both work on many tensors at once",
+    "foreach": "the compiled core (fused=None) and the PyTorch back end (fused=False) both step many tensors at once",
     "capturable": "every step can be captured into a CUDA graph; make lr a tensor on the device",
     "differentiable": "the step is taken without autograd; use torch.optim.Adam where it is to be differentiated",
     "fused": "it is an argument of the optimizer, not of a param group",

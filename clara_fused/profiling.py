@@ -1,4 +1,4 @@
-"""Named ranges in profiles: `clara.measure`, `clara.adapt`, `clara.update`, `clara.step`, with the number of tensors."""
+"""Named ranges in profiles: `clara.measure`, `clara.adapt`, `clara.update`, or `clara.step` for all three."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def _lies_in_rows(param: Tensor) -> bool:
 
 
 def _shards_hold_runs(param: Tensor, run: int) -> bool:
-    """Whether every rank's part of a DTensor consists of whole runs, so that the path can be placed as the tensor is."""
+    """Whether every rank's part of a DTensor consists of whole runs: the path can then be placed as the tensor is."""
     if not dtensors.is_dtensor(param):
         return True
     # Rows may be divided at will, what is within a row by runs only. A 1-D tensor is one row.
@@ -210,7 +210,8 @@ def _initial_value(
     if name == "lr_scale" and isinstance(lr_scale, Tensor):
         return lr_scale.detach().to(param.device, dtype, copy=True)
     if name in SCALARS:
-        return torch.full((), lr_scale if name == "lr_scale" else 0.0, dtype=dtype, device=param.device)
+        value = lr_scale if name == "lr_scale" else 0.0
+        return torch.full((), cast(float, value), dtype=dtype, device=param.device)
     sample = sample_of(param, options.path_fraction, all_elements) if name == "path" else WHOLE
     if sample == WHOLE:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -256,7 +257,7 @@ def size_of_group(params: Sequence[Tensor]) -> Tensor:
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
     dtype = scalar_dtype(tensor.device)
-    pieces = [fixed_order_sum(piece.to(dtype).square()) for piece in tensor.reshape(-1).split(_SIZE_PIECE)]
+    pieces = [fixed_order_sum(p.to(dtype).square()) for p in torch.split(tensor.reshape(-1), _SIZE_PIECE)]
     return fixed_order_sum(torch.stack(pieces))
 
 

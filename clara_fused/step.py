@@ -56,8 +56,8 @@ class StepInputs:
 class Bucket(Protocol):
     """Tensors of one device and dtypes, in one back end, for one step.
 
-    Either `step`, or `measure`, `advance`, `rescale`, `update`, in this order. If the step's `found_inf` is set, nothing
-    is changed, and what is returned means nothing.
+    Either `step`, or `measure`, `advance`, `rescale`, `update`, in this order. If the step's `found_inf` is set,
+    nothing is changed, and what is returned means nothing.
     """
 
     @property

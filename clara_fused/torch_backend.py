@@ -1,8 +1,8 @@
 """Measure and update in plain PyTorch: runs everywhere, and is what the compiled core is tested against.
 
-Works on blocks: a piece of one large tensor, in its own memory where that can be viewed flat, or a stack of small tensors
-of equal shape, copied together because a call for each of them would cost more than the copies. So temporary memory is
-bounded, and on a CPU a block stays in a core's cache from its first operation to its last.
+Works on blocks: a piece of one large tensor, in its own memory where that can be viewed flat, or a stack of small
+tensors of equal shape, copied together because a call for each of them would cost more than the copies. So temporary
+memory is bounded, and on a CPU a block stays in a core's cache from its first operation to its last.
 """
 
 from __future__ import annotations
@@ -179,14 +179,14 @@ class TorchBucket:
             start += len(unit)
 
     def _load(self, pieces: list[Tensor], sample: Sample = WHOLE, copy: bool = False) -> Tensor:
-        """Pieces as one array [number of pieces, elements] in the arithmetic dtype; of one piece a view, if possible."""
+        """Pieces as an array [number of pieces, elements] in the arithmetic dtype; of one piece a view, if possible."""
         if len(pieces) == 1:
             flat = pieces[0].resolve_neg().reshape(-1)
             flat = flat if sample == WHOLE else sample.view(flat).reshape(-1)
             array = flat.unsqueeze(0)
         else:
             array = torch.stack(pieces).view(len(pieces), pieces[0].numel())
-        return array.to(self._dtype, copy=copy and torch._C._is_alias_of(array, pieces[0]))
+        return array.to(self._dtype, copy=copy and _share_memory(array, pieces[0]))
 
     def _store(self, values: Tensor, pieces: list[Tensor], keep: Tensor | None) -> None:
         """Write an array back to its pieces, unless it is their memory; `keep`: leave them as they were where set."""
@@ -194,7 +194,7 @@ class TorchBucket:
             values = torch.where(keep, self._load(pieces), values)
         if len(pieces) > 1:
             self._distribute(values.view(len(pieces), *pieces[0].shape), pieces)
-        elif not torch._C._is_alias_of(values, pieces[0]):
+        elif not _share_memory(values, pieces[0]):
             pieces[0].copy_(values.view(pieces[0].shape))
 
     def _gradient(self, block: _Block, sample: Sample) -> Tensor:
@@ -328,6 +328,10 @@ class TorchBucket:
             decay = 1.0 - rate * options.weight_decay
             param.mul_(decay.reshape(()) if isinstance(decay, Tensor) else decay)
         param.addcdiv_((m * gain).view(param.shape), denominator.view(param.shape))
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
 
 
 class _Corrections:

@@ -1,7 +1,7 @@
 """Hands a step's tensors to the compiled core, and keeps on a device what the next step can use again.
 
-The core sees addresses and sizes only. One walk in C++ per step (`_core.gather`) finds the tensors; nothing is remembered
-of them but tables on CUDA devices.
+The core sees addresses and sizes only. One walk in C++ per step (`_core.gather`) finds the tensors; nothing is
+remembered of them but tables on CUDA devices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Gatherer:
 
     def __init__(self, one_scale: bool) -> None:
         self._one_scale = one_scale
-        self._groups: dict[tuple[str, int], _Groups] = {}
+        self.groups: dict[tuple[str, int], _Groups] = {}  # by device; as they are in the step that is being taken
         self._tables: list[_Table] = []
         # Tables that a CUDA graph has captured: its replays read them. They stay as they are.
         self._captured: list[_Table] = []
@@ -54,15 +54,13 @@ class Gatherer:
             return [], None
         gathered: _core.Gathered = core.gather(param_groups, state, self._one_scale)
         irregular = [Location(*location) for location in gathered.irregular]
-        return [CoreBucket(bucket, self, inputs) for bucket in gathered.buckets], irregular
-
-    def groups_of(self, device: tuple[str, int], inputs: StepInputs) -> _Groups:
-        """The options on a device, as they are in this step."""
-        groups = self._groups.get(device)
-        if groups is None or groups.count != len(inputs.options):
-            groups = self._groups[device] = _Groups(device, len(inputs.options))
-        groups.update(inputs)
-        return groups
+        buckets = gathered.buckets
+        for device in {bucket.device for bucket in buckets}:
+            groups = self.groups.get(device)
+            if groups is None or groups.count != len(inputs.options):
+                groups = self.groups[device] = _Groups(device, len(inputs.options))
+            groups.update(inputs)
+        return [CoreBucket(bucket, self, inputs) for bucket in buckets], irregular
 
     def table_of(self, bucket: _core.Bucket, device: torch.device) -> _Table:
         """A table on the device that describes the bucket: one of an earlier step, or a new one."""
@@ -91,17 +89,17 @@ class CoreBucket:
 
     def __init__(self, bucket: _core.Bucket, gatherer: Gatherer, inputs: StepInputs) -> None:
         self._bucket = bucket
-        kind, index = bucket.device
-        self.device = torch.device(kind, index) if kind == "cuda" else _CPU
-        self._groups = gatherer.groups_of((kind, index), inputs)
-        bucket.set_groups(self._groups.table)
-        # The tensors that a launch reads by address; they live as long as the bucket.
-        self._amp = [self._scalar(inputs.grad_scale), self._scalar(inputs.found_inf)]
-        bucket.set_amp(*(0 if scalar is None else scalar.data_ptr() for scalar in self._amp))
-        self._table = gatherer.table_of(bucket, self.device) if kind == "cuda" else None
-
-    def _scalar(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None else moved(value, self.device).to(torch.float32)
+        groups = gatherer.groups[bucket.device]
+        self.device = groups.device
+        bucket.set_groups(groups.table)
+        if inputs.grad_scale is not None or inputs.found_inf is not None:
+            # What a launch reads by address has to live as long as the bucket.
+            self._amp = [
+                value if value is None else moved(value, self.device).to(torch.float32)
+                for value in (inputs.grad_scale, inputs.found_inf)
+            ]
+            bucket.set_amp(*(0 if value is None else value.data_ptr() for value in self._amp))
+        self._table = gatherer.table_of(bucket, self.device) if self.device.type == "cuda" else None
 
     @property
     def locations(self) -> Sequence[Location]:
@@ -146,21 +144,15 @@ class CoreBucket:
         """See `step.Bucket`."""
         with profiling.range_of("update", len(self._bucket)):
             self._bucket.update(*self._launch())
-        self._mark_changed()
+        # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph that
+        # saved a parameter before the step would quietly use the new values.
+        torch.autograd.graph.increment_version(self._bucket.params)
 
     def step(self) -> None:
         """See `step.Bucket`."""
         with profiling.range_of("step", len(self._bucket)):
             self._bucket.step(*self._launch())
-        self._mark_changed()
-
-    def _mark_changed(self) -> None:
-        # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph that
-        # saved a parameter before the step would quietly use the new values.
         torch.autograd.graph.increment_version(self._bucket.params)
-
-
-_CPU = torch.device("cpu")
 
 
 class _Groups:
@@ -170,8 +162,8 @@ class _Groups:
         core = loading.core_or_warning()
         self.table: _core.GroupTable = core.GroupTable(count)
         self.count = count
-        self._names: tuple[str, ...] = core.OPTION_NAMES[1:]  # without lr, the first
-        self._device = _CPU if device[0] == "cpu" else torch.device(*device)
+        self._names: tuple[str, ...] = core.OPTION_NAMES
+        self.device = torch.device("cpu") if device[0] == "cpu" else torch.device(*device)
         self._seen: list[tuple[GroupOptions, float] | None] = [None] * count
         self._lr_tensors: list[Tensor | None] = [None] * count
 
@@ -188,11 +180,12 @@ class _Groups:
                 self._lr_tensors[group] = None
             seen = self._seen[group]
             if seen is None or seen[0] is not options or seen[1] != lr:
-                self.table.set(group, [lr, *(float(getattr(options, name)) for name in self._names)])
+                values = [lr if name == "lr" else float(getattr(options, name)) for name in self._names]
+                self.table.set(group, values)
                 self._seen[group] = options, lr
 
     def _on_device(self, lr: Tensor) -> Tensor:
-        lr = moved(lr.detach(), self._device)
+        lr = moved(lr.detach(), self.device)
         return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
 
 

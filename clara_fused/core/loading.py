@@ -109,8 +109,8 @@ def _why_not(param: Tensor, grad: Tensor) -> str | None:
         return problem.removesuffix("; use fused=None or fused=False")
     for tensor, role in ((param, "parameters"), (grad, "gradients")):
         if tensors.is_wrapper(tensor):
-            name = type(tensor).__name__
-            return f"the compiled core does not serve {role} of type {name}, which implements PyTorch's operations itself"
+            what = f"{role} of type {type(tensor).__name__}, which implements PyTorch's operations itself"
+            return f"the compiled core does not serve {what}"
         part = local(tensor)
         if part.is_neg() or part._is_zerotensor():
             return f"the compiled core does not serve {role} whose memory does not hold their values (lazy negatives)"
@@ -122,8 +122,8 @@ def _why_not(param: Tensor, grad: Tensor) -> str | None:
         return f"the compiled core does not serve parameters with gaps in memory (strides {part.stride()})"
     if not tensors.have_equal_layout(part, part_grad):
         return (
-            f"the compiled core does not serve a gradient with another memory layout (strides {part_grad.stride()}) than "
-            f"its parameter's (strides {part.stride()})"
+            f"the compiled core does not serve a gradient with another memory layout (strides {part_grad.stride()}) "
+            f"than its parameter's (strides {part.stride()})"
         )
     return None
 
