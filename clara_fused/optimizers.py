@@ -65,6 +65,8 @@ class AdamClara(Constructor, Optimizer):
         self._core = core_buckets.Gatherer(self.one_scale)
         self._ranks: sharding.RankSums | None = None
         self._shards_are_checked = False
+        # What checked tensors looked like, by the parameter's id: they need not be checked again while they look so.
+        self._signatures: dict[int, tuple[object, ...]] = {}
         # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
         self._scales: dict[torch.device, Tensor] = {}
         # Initial scales by group (AdamClaraGlobal: in place 0), as the group's first state got them.
@@ -176,38 +178,45 @@ class AdamClara(Constructor, Optimizer):
 
     def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
         """Check tensors (None: all) that have a gradient; only then create or complete their state."""
-        found: list[tuple[Location, Tensor, bool]] = []
-        capturing = loading.is_capturing()
+        works: dict[Location, TensorWork] = {}
+        to_complete: list[Location] = []
         for location, param in self._located(locations):
             grad = param.grad
             if grad is None:
                 continue
-            tensors.check(param, grad, *location)
-            entry = self.state.get(param, {})  # reading self.state[param] would create an empty entry
-            complete = state.is_complete(entry, param, inputs.options[location.group_index].amsgrad)
-            if not complete:
+            entry = self.state.get(param) or {}  # reading self.state[param] would create an empty entry
+            options = inputs.options[location.group_index]
+            signature = state.signature(entry, param, grad, options.amsgrad)
+            if signature != self._signatures.get(id(param)):
+                tensors.check(param, grad, *location)
                 state.check(entry, param, *location)
-                if capturing:
-                    raise RuntimeError(f"{tensors.describe(*location, param)}: {_NO_STATE_IN_A_GRAPH}")
+                if not state.is_complete(entry, param, options.amsgrad):
+                    to_complete.append(location)
+                    if loading.is_capturing():
+                        raise RuntimeError(f"{tensors.describe(*location, param)}: {_NO_STATE_IN_A_GRAPH}")
+                else:
+                    self._signatures[id(param)] = signature
             if self.fused:
                 loading.require(param, grad, *location)
-            found.append((location, param, complete))
-        for location, _, complete in found:
-            if not complete:
-                self._create_state(location)
+            works[location] = TensorWork(location, param, grad, entry)
+        for location in to_complete:
+            works[location] = works[location]._replace(state=self._create_state(location))
         if self.one_scale:
             self._scales = {}
             self._shared_scales()
         return {
-            location: dtensors.local_work(location, param, cast(Tensor, param.grad), self.state[param])
-            for location, param, _ in found
+            location: dtensors.local_work(*work) if dtensors.is_dtensor(work.param) else work
+            for location, work in works.items()
         }
 
     def _located(self, locations: Iterable[Location] | None) -> Iterator[tuple[Location, Tensor]]:
-        groups = [group["params"] for group in self.param_groups]
-        if locations is None:
-            locations = (Location(g, p) for g, params in enumerate(groups) for p in range(len(params)))
-        return ((location, groups[location[0]][location[1]]) for location in locations)
+        if locations is not None:
+            for location in locations:
+                yield location, self.param_groups[location.group_index]["params"][location.param_index]
+            return
+        for group_index, group in enumerate(self.param_groups):
+            for param_index, param in enumerate(group["params"]):
+                yield Location(group_index, param_index), param
 
     def _create_state(self, location: Location) -> dict[str, Any]:
         """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""

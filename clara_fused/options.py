@@ -338,9 +338,7 @@ class OptionReader:
         """Make plain Python values of options that checkpoints and JSON would refuse; a tensor `lr` stays."""
         for name in self.names:
             if not (name == "lr" and isinstance(group[name], Tensor)):
-                frozen = _frozen(group[name])
-                if frozen != group[name] or type(frozen) is not type(group[name]):
-                    group[name] = frozen
+                group[name] = _frozen(group[name])
 
 
 def readable(tensor: Tensor) -> bool:

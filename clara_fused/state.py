@@ -19,7 +19,7 @@ from .adaptation import fixed_order_sum, scalar_dtype
 from .distributed import dtensors
 from .options import GroupOptions
 from .step import moved
-from .tensors import describe, is_dense
+from .tensors import describe, have_equal_layout, is_dense
 
 State = MutableMapping[str, Any]
 
@@ -157,15 +157,26 @@ def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index
         )
 
 
+def signature(state: Mapping[str, Any], param: Tensor, grad: Tensor, amsgrad: bool) -> tuple[object, ...]:
+    """What the checks of a parameter, its gradient and its state depend on, in a form that is quick to compare."""
+    of_grad = type(grad), grad.dtype, grad.layout, grad.shape, grad.device
+    return (amsgrad, *of_grad, param.dtype, param.shape, param.stride(), param.device, *map(id, state.values()))
+
+
 def is_complete(state: Mapping[str, Any], param: Tensor, amsgrad: bool) -> bool:
     """Whether `complete` would change nothing."""
     dtype, device = moment_dtype(param), param.device
     for name in names_of(amsgrad):
         value = state.get(name)
         expected = torch.float32 if name in SCALARS else dtype
-        if value is None or value.dtype != expected or value.device != device:
+        if value is None or value.dtype != expected or value.device != device or _lies_otherwise(value, param):
             return False
     return True
+
+
+def _lies_otherwise(value: Tensor, param: Tensor) -> bool:
+    """Whether an entry of the parameter's shape has another memory layout than the parameter."""
+    return value.shape == param.shape and not have_equal_layout(value, param) and is_dense(param)
 
 
 def complete(
@@ -189,7 +200,7 @@ def complete(
             state[name] = _initial_value(name, dtype, param, options, lr_scale, all_elements)
         elif value.dtype != dtype or value.device != param.device:
             state[name] = value.to(device=param.device, dtype=dtype)
-        elif value.shape == param.shape and value.stride() != param.stride() and is_dense(param):
+        elif _lies_otherwise(value, param):
             state[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
 
 
@@ -211,7 +222,8 @@ def _initial_value(
 def _local_shape(sample: Sample, param: Tensor, part: Tensor) -> torch.Size:
     """The shape of the path of this rank's part of a parameter."""
     if part.numel() == 0:
-        return torch.Size((0,) if param.dim() == 1 else (part.shape[0], part[:0].numel()))
+        inner = math.prod(part.shape[1:]) // sample.run * sample.kept
+        return torch.Size((0,) if param.dim() == 1 else (part.shape[0], inner))
     return sample.shape(part)
 
 

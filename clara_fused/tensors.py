@@ -139,18 +139,29 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 def overlapping(params: Sequence[Tensor]) -> set[int]:
     """Indices of parameters that share memory with another one in the list; of plain tensors that have memory."""
-    extents = []
-    for index, param in enumerate(params):
-        if param.numel() and not is_wrapper(param) and param.device.type != "meta":
-            start = param.data_ptr()
-            last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
-            extents.append((start, start + (last + 1) * param.element_size(), index))
-    extents.sort()
+    starts = [(param.data_ptr(), index) for index, param in enumerate(params) if _has_memory(param)]
+    starts.sort()
     found: set[int] = set()
-    reached, previous = -1, -1
-    for start, end, index in extents:
+    reached, previous = 0, 0
+    for start, index in starts:
+        param = params[index]
+        # Of a contiguous tensor nbytes is all that it spans.
+        end = start + (param.nbytes if param.is_contiguous() else _span(param))
         if start < reached:
             found |= {previous, index}
         if end > reached:
             reached, previous = end, index
     return found
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    return (kind is torch.nn.Parameter or kind is Tensor) and tensor.device.type != "meta"
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element in memory to the end of the last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import lightning
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset

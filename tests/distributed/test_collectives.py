@@ -53,8 +53,8 @@ def collectives_of_a_step(layout: str, variant: str) -> tuple[list[tuple[tuple[i
     return sent, {str(op): count for op, count in counter.get_comm_counts().items()}
 
 
-# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each under Local, and under Global, and
-# whether Global sums its totals as well. The model has 9 parameters; tensor parallelism places 4 of them on its mesh.
+# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each, under Local and under Global;
+# and whether Global sums its totals too. The model has 9 parameters; tensor parallelism places 4 of them on its mesh.
 ALL = (0, 1, 2, 3)
 Sums = list[tuple[tuple[int, ...], int]]
 EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
@@ -63,7 +63,7 @@ EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
     "tp-2": ([((0, 1), 4)], [((0, 1), 9)], False),  # Global: copies as well, for the scale's last bit
     # Two meshes: data x tensor parallel for 4 parameters, data parallel alone (ranks 0 and 2) for 5.
     "fsdp2-tp-2x2": ([(ALL, 4), ((0, 2), 5)], [(ALL, 9)], False),
-    "fsdp1-4": ([(ALL, 9)], [], True),
+    "fsdp1-4": ([(ALL, 9)], [(ALL, 9)], True),
     "zero1-2": ([], [], True),
     "ddp-2": ([], [], False),
 }
@@ -187,7 +187,8 @@ def groups_over_several_dimensions() -> tuple[list[int], bool]:
     group = collectives.group_of(ranks)
     rank = torch.tensor([dist.get_rank()])
     dist.all_reduce(rank, group=group)
-    return rank.tolist(), collectives.group_of(ranks) is group and collectives.group_of((0, 1, 2, 3)) is dist.group.WORLD
+    world = collectives.group_of((0, 1, 2, 3))
+    return rank.tolist(), collectives.group_of(ranks) is group and world is dist.group.WORLD
 
 
 def test_groups_over_several_dimensions_are_made_once(world4: World) -> None:

@@ -6,7 +6,7 @@ Gradients are given, so that every rank sees its part of the very numbers that o
 from __future__ import annotations
 
 import copy
-import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import World
-from sharded_models import LIVELY, VARIANTS, on_all_ranks
+from sharded_models import MOVING, VARIANTS, on_all_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -42,12 +42,15 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def compare(variant: str, mesh_shape: tuple[int, ...], placements: list[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """A sharded and a whole parameter, step by step; the shapes of their paths."""
+def compare(
+    variant: str, mesh_shape: tuple[int, ...], placements: list[Any], shape: tuple[int, ...], fraction: float = 1 / 16
+) -> tuple[int, ...]:
+    """A sharded and a whole parameter, of which this fraction has a path, step by step; the shape of the path."""
     mesh = init_device_mesh("cpu", mesh_shape)
     alone = nn.Parameter(initial(shape))
     param = nn.Parameter(distributed(alone.detach(), mesh, placements))
-    sharded_optimizer, optimizer = (VARIANTS[variant]([p], **LIVELY) for p in (param, alone))
+    sharded_optimizer = VARIANTS[variant]([param], **MOVING)
+    optimizer = VARIANTS[variant]([alone], **MOVING, path_fraction=fraction)
     for step in range(STEPS):
         alone.grad = given(step, shape)
         param.grad = distributed(alone.grad, mesh, placements)
@@ -58,13 +61,13 @@ def compare(variant: str, mesh_shape: tuple[int, ...], placements: list[Any], sh
         assert isinstance(path, DTensor)
         assert path.device_mesh == mesh
         assert path.placements == param.placements
-        if path.shape == expected.shape:
-            torch.testing.assert_close(whole(path), expected, rtol=1e-9, atol=1e-12)
-            scale = sharded_optimizer.lr_scales()[0].item()
-            assert scale == pytest.approx(optimizer.lr_scales()[0].item(), rel=2e-7)
-            assert scale != 1.0
+        assert path.shape == expected.shape
+        torch.testing.assert_close(whole(path), expected, rtol=1e-9, atol=1e-12)
+        scale = sharded_optimizer.lr_scales()[0].item()
+        assert scale == pytest.approx(optimizer.lr_scales()[0].item(), rel=2e-7)
+        assert scale != 1.0
     assert len(set(on_all_ranks(sharded_optimizer.lr_scales()[0].item()))) == 1
-    return tuple(path.shape), tuple(expected.shape)
+    return tuple(path.shape)
 
 
 KEEPS_THE_SAMPLE: dict[str, tuple[tuple[int, ...], list[Any], tuple[int, ...]]] = {
@@ -81,18 +84,15 @@ KEEPS_THE_SAMPLE: dict[str, tuple[tuple[int, ...], list[Any], tuple[int, ...]]] 
 @pytest.mark.parametrize("variant", ["Global", "Local"])
 @pytest.mark.parametrize("case", KEEPS_THE_SAMPLE)
 def test_shards_keep_the_path_of_the_same_sample(world2: World, case: str, variant: str) -> None:
-    for path, expected in world2.run(compare, variant, *KEEPS_THE_SAMPLE[case]):
-        assert path == expected
-        assert functools.reduce(lambda a, b: a * b, path) * 16 == functools.reduce(
-            lambda a, b: a * b, KEEPS_THE_SAMPLE[case][2]
-        )
+    for path in world2.run(compare, variant, *KEEPS_THE_SAMPLE[case]):
+        assert math.prod(path) * 16 == math.prod(KEEPS_THE_SAMPLE[case][2])
 
 
 def test_rows_over_two_mesh_dimensions(world4: World) -> None:
-    for path, expected in world4.run(compare, "Smoothed", (2, 2), [Shard(0), Shard(0)], (ROWS, COLUMNS)):
-        assert path == expected == SAMPLED
-    for path, expected in world4.run(compare, "Local", (2, 2), [Shard(0), Shard(1)], (64, 2048)):
-        assert path == expected == (64, 128)
+    for path in world4.run(compare, "Smoothed", (2, 2), [Shard(0), Shard(0)], (ROWS, COLUMNS)):
+        assert path == SAMPLED
+    for path in world4.run(compare, "Local", (2, 2), [Shard(0), Shard(1)], (64, 2048)):
+        assert path == (64, 128)
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,16 @@ def test_rows_over_two_mesh_dimensions(world4: World) -> None:
     ids=["runs-cut", "runs-cut-1d", "other-dimension"],
 )
 def test_shards_that_cut_runs_keep_the_whole_path(world2: World, placements: Any, shape: tuple[int, ...]) -> None:
-    for path, _ in world2.run(compare, "Local", (2,), placements, shape):
+    for path in world2.run(compare, "Local", (2,), placements, shape, 1.0):
         assert path == shape
 
 
 def plain_shards(variant: str) -> None:
     """Under process_group nobody knows what whole tensor the shards are of."""
     param = nn.Parameter(initial((ROWS, COLUMNS)).chunk(2)[dist.get_rank()].clone())
-    optimizer = VARIANTS[variant]([param], **LIVELY, process_group=dist.group.WORLD)
+    optimizer = VARIANTS[variant]([param], **MOVING, process_group=dist.group.WORLD)
     alone = nn.Parameter(initial((ROWS, COLUMNS)))
-    expected = VARIANTS[variant]([alone], **LIVELY, path_fraction=1.0)
+    expected = VARIANTS[variant]([alone], **MOVING, path_fraction=1.0)
     for step in range(STEPS):
         alone.grad = given(step)
         param.grad = alone.grad.chunk(2)[dist.get_rank()].clone()
@@ -148,15 +148,15 @@ def take(optimizer: torch.optim.Optimizer, layer: OneLayer, mesh: Any, step: int
 
 
 def outcome(optimizer: Any, layer: OneLayer) -> tuple[list[float], float, float]:
-    path = whole(optimizer.state[layer.weight]["path"])
-    return whole(layer.weight.detach()).flatten()[::997].tolist(), path.square().sum().item(), optimizer.lr_scales()[0].item()
+    weight, path = whole(layer.weight.detach()), whole(optimizer.state[layer.weight]["path"])
+    return weight.flatten()[::997].tolist(), path.square().sum().item(), optimizer.lr_scales()[0].item()
 
 
 def saved(ranks: int, variant: str, folder: str) -> Any:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     layer, mesh = layer_on(ranks)
-    optimizer = VARIANTS[variant](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS[variant](layer.parameters(), **MOVING)
     for step in range(2):
         take(optimizer, layer, mesh, step)
     state = {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}
@@ -169,7 +169,7 @@ def resumed(ranks: int, variant: str, folder: str) -> Any:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     layer, mesh = layer_on(ranks)
-    optimizer = VARIANTS[variant](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS[variant](layer.parameters(), **MOVING)
     state = {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}
     dcp.load(state, checkpoint_id=folder)
     layer.load_state_dict(state["model"])
@@ -201,7 +201,7 @@ def through_full_state_dict(cpu_offload: bool) -> None:
     )
 
     layer, mesh = layer_on(2)
-    optimizer = VARIANTS["Local"](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS["Local"](layer.parameters(), **MOVING)
     for step in range(2):
         take(optimizer, layer, mesh, step)
     options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
@@ -211,7 +211,7 @@ def through_full_state_dict(cpu_offload: bool) -> None:
     second, _ = layer_on(2)
     with torch.no_grad():
         second.weight.copy_(layer.weight)
-    other = VARIANTS["Local"](second.parameters(), **LIVELY)
+    other = VARIANTS["Local"](second.parameters(), **MOVING)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(second, other, state, options=options)
     take(optimizer, layer, mesh, 2)
@@ -229,9 +229,9 @@ def test_sampled_paths_in_full_state_dicts(world2: World, cpu_offload: bool) -> 
 def between_whole_and_sharded() -> None:
     """optimizer.state_dict() of shards into a whole parameter and back, also where the other one keeps all elements."""
     layer, mesh = layer_on(2)
-    optimizer = VARIANTS["Local"](layer.parameters(), **LIVELY)
+    optimizer = VARIANTS["Local"](layer.parameters(), **MOVING)
     alone = OneLayer(initial((ROWS, COLUMNS)))
-    everything = VARIANTS["Local"](alone.parameters(), **LIVELY, path_fraction=1.0)
+    everything = VARIANTS["Local"](alone.parameters(), **MOVING, path_fraction=1.0)
     for step in range(2):
         take(everything, alone, None, step)
     optimizer.load_state_dict(everything.state_dict())
@@ -239,9 +239,10 @@ def between_whole_and_sharded() -> None:
     optimizer.load_state_dict({**everything.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]})
     path = optimizer.state[layer.weight]["path"]
     assert path.shape == SAMPLED  # a whole path is sampled where this optimizer samples
-    torch.testing.assert_close(whole(path), everything.state[alone.weight]["path"].view(ROWS, -1, 512)[..., :32].flatten(1))
+    runs = everything.state[alone.weight]["path"].view(ROWS, -1, 512)
+    torch.testing.assert_close(whole(path), runs[..., :32].flatten(1))
     take(optimizer, layer, mesh, 2)
-    sampled = VARIANTS["Local"]([nn.Parameter(initial((ROWS, COLUMNS)))], **LIVELY)
+    sampled = VARIANTS["Local"]([nn.Parameter(initial((ROWS, COLUMNS)))], **MOVING)
     sampled.load_state_dict(optimizer.state_dict())
     (entry,) = sampled.state.values()
     torch.testing.assert_close(entry["path"], whole(optimizer.state[layer.weight]["path"]), rtol=0, atol=0)

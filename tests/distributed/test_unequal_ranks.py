@@ -351,7 +351,7 @@ def refusals() -> list[str]:
         messages.append(str(caught.value))
 
     partial = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False))
-    refuse(ValueError, lambda: clara_fused.AdamClaraLocal([nn.Parameter(torch.ones(1)), partial]))
+    refuse(ValueError, clara_fused.AdamClaraLocal([nn.Parameter(torch.ones(1)), partial]).step)
     param = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Shard(0)]))
     other_mesh = init_device_mesh("cpu", (1, 2))
     optimizer = clara_fused.AdamClaraLocal([param])

@@ -516,6 +516,3 @@ inline __half __ushort_as_half(uint16_t bits) { return {std::bit_cast<_Float16>(
 inline uint16_t __half_as_ushort(__half x) { return std::bit_cast<uint16_t>(x.value); }
 inline float __half2float(__half x) { return static_cast<float>(x.value); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
-
-inline int nvtxRangePushA(const char*) { return 0; }
-inline int nvtxRangePop() { return 0; }
