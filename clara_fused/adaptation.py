@@ -28,6 +28,12 @@ def path_gain(smoothing: float) -> float:
     return math.sqrt(smoothing * (2.0 - smoothing))
 
 
+def unit_walk(beta1: float, smoothing: float) -> float:
+    """The expected path^2 of one element after many steps of unit white noise."""
+    correlation = beta1 * (1.0 - smoothing)
+    return (1.0 - beta1) / (1.0 + beta1) * (1.0 + correlation) / (1.0 - correlation)
+
+
 def bias_correction(log_beta: float, steps: Tensor) -> Tensor:
     """1 - beta^t for step counts t >= 1; expm1 keeps its relative accuracy also in float32."""
     return -torch.expm1(steps * log_beta)
@@ -37,21 +43,23 @@ def bias_correction(log_beta: float, steps: Tensor) -> Tensor:
 
 
 class PathSums(NamedTuple):
-    """Over the elements of a tensor that have a path, times numel / (number of those)."""
+    """Over the elements of a tensor that have a path, weighted with Adam's denominator d (with 1 under a fixed
+    reference), times numel / (number of those)."""
 
     path_sq: Tensor  # N
     step_sq: Tensor  # U, of Adam's steps u
     grad_sq: Tensor  # G, of the gradients g~ in units of their own size
-    grad_path: Tensor  # X, of g~ times the path before this step
+    path_before_sq: Tensor  # N', of the path before this step, with the weights of this step
+    weight: Tensor  # D, of the weights themselves
     numel: Tensor  # n, of all elements
 
 
 class Walk(NamedTuple):
-    """What N is expected to be if every new gradient is independent of the past; zeros before the first step."""
+    """What N is expected to be if every new gradient is independent of the past, in units of N; zeros at first."""
 
-    moment_sq: Tensor  # V, of m~ = m/d
-    path_moment: Tensor  # C, of path m~
-    path_sq: Tensor  # P, of path^2
+    moment_sq: Tensor  # V / N, V of m~^2, m~ = m/d
+    path_moment: Tensor  # C / N, C of path m~
+    path_sq: Tensor  # P / N, P of path^2
 
 
 class Evidence(NamedTuple):
@@ -59,20 +67,20 @@ class Evidence(NamedTuple):
 
     path_sq: Tensor  # N
     walk_sq: Tensor  # P
-    step_sq: Tensor  # U (1 + beta1 q) / (1 - beta1 q): a walk's path^2 if all its steps were as long as this one
-    grad_sq: Tensor  # G
-    grad_path: Tensor  # X
+    unit_walk_sq: Tensor  # what P would be if all gradients were as long as Adam's memory of them
+    step_sq: Tensor  # U
+    step_walk_sq: Tensor  # what U is expected to be
     numel: Tensor  # n
 
 
 def advanced_walks(
     walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor
 ) -> Tensor:
-    """The walks after a step with these sums; as they were where a sum is not finite.
+    """The walks after a step with these sums; as they were where a sum is not finite or nothing has moved.
 
     Args:
         walks: float32 [n, 3], columns of `Walk`.
-        sums: float64 [n, 5], columns of `PathSums`.
+        sums: float64 [n, 6], columns of `PathSums`.
         steps: float64 [n], number of the step, from 1.
         moves: whether lr is not 0; a bool, or a bool tensor of one element.
 
@@ -82,22 +90,24 @@ def advanced_walks(
     old, new = Walk(*walks.to(sums.dtype).unbind(-1)), PathSums(*sums.unbind(-1))
     beta1, q = options.beta1, 1.0 - options.smoothing
     bias1 = bias_correction(options.log_beta1, steps)
-    # At a walk's first step the moments may be older than the path (a checkpoint of Adam's): their squares as they are.
-    # From a fresh start this is the recursion's own value.
+    before = new.path_before_sq
+    # Without a path so far the moments may all the same be old (a checkpoint of Adam's): their squares as they are. From
+    # a fresh start this is the recursion's own value.
     moment_sq = torch.where(
-        old.path_sq == 0.0,
+        before == 0.0,
         bias1 * bias1 * new.step_sq,
-        beta1 * beta1 * old.moment_sq + (1.0 - beta1) ** 2 * new.grad_sq,
+        beta1 * beta1 * old.moment_sq * before + (1.0 - beta1) ** 2 * new.grad_sq,
     )
     # Where nothing moves only m does.
-    idle = Walk(moment_sq, beta1 * old.path_moment, old.path_sq)
+    idle = Walk(moment_sq, beta1 * old.path_moment * before, old.path_sq * before)
     a = path_gain(options.smoothing) / bias1
     moved = Walk(
         moment_sq,
         q * idle.path_moment + a * moment_sq,
-        q * q * old.path_sq + 2.0 * q * a * idle.path_moment + a * a * moment_sq,
+        q * q * idle.path_sq + 2.0 * q * a * idle.path_moment + a * a * moment_sq,
     )
-    advanced = _where(moves, torch.stack(moved, -1), torch.stack(idle, -1)).to(walks.dtype)
+    advanced = _where(moves, torch.stack(moved, -1), torch.stack(idle, -1))
+    advanced = (advanced / new.path_sq.unsqueeze(-1)).to(walks.dtype)
     return torch.where(torch.isfinite(advanced.sum(-1, keepdim=True)), advanced, walks)
 
 
@@ -107,30 +117,36 @@ def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return yes if condition else no
 
 
-def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: bool | Tensor) -> Tensor:
+def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
     """Columns of `Evidence`, float64 [n, 6], after `advanced_walks`; arguments as there.
 
     Zeros, so no vote, where nothing moves or the gradients are all zero.
     """
     s, walk = PathSums(*sums.unbind(-1)), Walk(*walks.to(sums.dtype).unbind(-1))
-    correlation = options.beta1 * (1.0 - options.smoothing)
-    step_sq = s.step_sq * ((1.0 + correlation) / (1.0 - correlation))
-    evidence = torch.stack(Evidence(s.path_sq, walk.path_sq, step_sq, s.grad_sq, s.grad_path, s.numel), -1)
+    step_walk_sq = walk.moment_sq * s.path_sq / bias_correction(options.log_beta1, steps) ** 2
+    unit_walk_sq = unit_walk(options.beta1, options.smoothing) * s.weight
+    evidence = torch.stack(
+        Evidence(s.path_sq, walk.path_sq * s.path_sq, unit_walk_sq, s.step_sq, step_walk_sq, s.numel), -1
+    )
     nothing = torch.zeros_like(evidence)
     return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
 
 
-def excess(e: Evidence) -> Tensor:
-    """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
+def _with_prior(ratio: Tensor, numel: Tensor, neutral: float) -> Tensor:
+    """A ratio of sums over few elements says little: as if `neutral` more had shown the expected one."""
+    return (numel * ratio + neutral) / (numel + neutral)
 
-    PROVISIONAL: rule M of the explorations, until the study has found the final one.
-    """
-    prior = 32.0  # counts as so many elements of a neutral path: few elements say little
-    ratio = (e.numel * (e.path_sq / e.walk_sq) + prior) / (e.numel + prior)
-    value = (1.0 - 1.25 / ratio).clamp(min=0.0) + (1.0 - 0.6 / ratio).clamp(max=0.0)
-    agreement = e.numel / (e.numel + prior) * e.grad_path / torch.sqrt(e.grad_sq * e.path_sq)
-    walk = 0.6 * e.step_sq / e.path_sq
-    return value + torch.where((agreement < -0.15) & (walk > 1.0), 1.0 - walk, 0.0)
+
+def excess(e: Evidence) -> Tensor:
+    """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess"."""
+    # Long, also beside steps of a size that Adam remembers: gradients of that size may return at once.
+    above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.unit_walk_sq), e.numel, 32.0)
+    # Short, and more so than steps that cancel as fast as the momentum can tell.
+    ratio = e.path_sq / e.walk_sq
+    agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)
+    rest = 0.5 * (agreement**4).clamp(min=0.4)
+    below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio).clamp(max=0.0)
+    return torch.where(above > 1.25, 1.0 - 1.25 / above, below)
 
 
 def adapted_scales(scales: Tensor, evidence: Tensor, options: GroupOptions) -> Tensor:

@@ -160,7 +160,7 @@ def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index
 def signature(state: Mapping[str, Any], param: Tensor, grad: Tensor, amsgrad: bool) -> tuple[object, ...]:
     """What the checks of a parameter, its gradient and its state depend on, in a form that is quick to compare."""
     of_grad = type(grad), grad.dtype, grad.layout, grad.shape, grad.device
-    return (amsgrad, *of_grad, param.dtype, param.shape, param.device, *map(id, state.values()))
+    return (amsgrad, *of_grad, param.dtype, param.shape, param.stride(), param.device, *map(id, state.values()))
 
 
 def is_complete(state: Mapping[str, Any], param: Tensor, amsgrad: bool) -> bool:

@@ -88,16 +88,17 @@ class TorchBucket:
     def measure(self) -> Tensor:
         """See `step.Bucket`."""
         with profiling.range_of("measure", len(self._works)):
-            sums = torch.zeros(len(self._works), 5, dtype=adaptation.scalar_dtype(self.device), device=self.device)
+            shape = (len(self._works), len(adaptation.PathSums._fields))
+            sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
             if self._skipped:
                 return sums
             per_unit = [self._measure_unit(unit) for unit in self._blocks(sampled=True)]
-            sums[:, :4] = torch.cat(per_unit, dim=1).T
+            sums[:, :-1] = torch.cat(per_unit, dim=1).T
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
             # that has long been somebody else's.
             start = 0
             for unit in self._units:
-                sums[start : start + len(unit), 4] = unit[0].param.numel()
+                sums[start : start + len(unit), -1] = unit[0].param.numel()
                 start += len(unit)
             return sums
 
@@ -113,7 +114,7 @@ class TorchBucket:
             for name, values in zip(WALK, walks.unbind(-1), strict=True):
                 self._write(self._entries(name), values)
             self._write(self._entries("step"), steps)
-            return adaptation.evidence_of(sums, walks, self.options, self._moves)
+            return adaptation.evidence_of(sums, walks, self.options, steps, self._moves)
 
     def rescale(self, evidence: Tensor) -> None:
         """See `step.Bucket`."""
@@ -227,7 +228,7 @@ class TorchBucket:
     # --- measure ---
 
     def _measure_unit(self, blocks: list[_Block]) -> Tensor:
-        """The first four columns of `adaptation.PathSums`, [4, tensors of the unit]."""
+        """The columns of `adaptation.PathSums` but the last, [5, tensors of the unit]."""
         corrections = self._corrections_of_measure
         parts = [self._measure_block(block, corrections) for block in blocks]
         if len(parts) == 1:
@@ -243,24 +244,46 @@ class TorchBucket:
     def _measure_block(self, block: _Block, corrections: _Corrections) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
-        step, v, second = self._new_moments(block, grad, sample, copy=True)
+        step, _, second = self._new_moments(block, grad, sample, copy=True)
         inverse_bias1, root_bias2 = corrections.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         step.div_(denominator).mul_(inverse_bias1)
-        unit_grad = torch.div(grad, denominator, out=denominator)
         before = self._load(block.paths)
-        path = (before * (1.0 - options.smoothing)).add_(step, alpha=adaptation.path_gain(options.smoothing))
-        count, numel = path.shape
-        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(4, count, padded, dtype=path.dtype, device=path.device)
-        terms[:, :, numel:] = 0.0
-        for index, (a, b) in enumerate(((path, path), (step, step), (unit_grad, unit_grad), (unit_grad, before))):
-            torch.mul(a, b, out=terms[index, :, :numel])
-        sums = terms.view(4, count, -1, min(padded, _SUM_BLOCK)) if numel else terms.unsqueeze(-1)
-        # Rows of a bounded length, then rows of doubles: in an order that no number of threads changes.
-        sums = sums.sum(-1).to(adaptation.scalar_dtype(self.device)).sum(-1)
+        path = self._extended_path(before, step)
+        weight = None if options.reference else denominator
+        sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
         self._store_path(path, block)
         return sums * (sample.run / sample.kept)
+
+    def _sums_of_squares(self, arrays: Sequence[Tensor], weight: Tensor | None) -> Tensor:
+        """Sums of squares of arrays [rows, elements], and of their weights; None: all count alike.
+
+        Returns:
+            float64 [number of arrays + 1, rows]; bitwise the same for any number of threads.
+        """
+        count, numel = arrays[0].shape
+        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
+        terms = torch.empty(len(arrays) + 1, count, padded, dtype=self._dtype, device=self.device)
+        for array, term in zip(arrays, terms[:, :, :numel], strict=False):
+            torch.mul(array, array, out=term)
+            if weight is not None:
+                term.mul_(weight)
+        terms[-1, :, :numel] = 1.0 if weight is None else weight
+        if numel == 0:
+            return terms.sum(-1, dtype=adaptation.scalar_dtype(self.device))
+        if padded != numel:
+            terms[:, :, numel:] = 0.0
+        # Rows of a bounded length, which PyTorch does not split over threads; then rows of doubles.
+        blocks = terms.view(len(arrays) + 1, count, -1, min(padded, _SUM_BLOCK)).sum(-1)
+        return blocks.to(adaptation.scalar_dtype(self.device)).sum(-1)
+
+    def _extended_path(self, before: Tensor, step: Tensor) -> Tensor:
+        """The path with this step; where lr is 0 nothing has moved."""
+        if self._moves is False:
+            return before
+        smoothing = self.options.smoothing
+        path = (before * (1.0 - smoothing)).add_(step, alpha=adaptation.path_gain(smoothing))
+        return path if self._moves is True else torch.where(self._moves, path, before)
 
     def _store_path(self, path: Tensor, block: _Block) -> None:
         if isinstance(self._moves, Tensor):

@@ -33,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 
 from .measures import Study  # noqa: E402
 from .plans import FULL, PLANS  # noqa: E402
-from .runs import Run, append_record, missing, perform, read_records  # noqa: E402
+from .runs import Run, append_record, missing, perform, prepare_worker, read_records  # noqa: E402
 from .tasks import TASKS  # noqa: E402
 
 RECORDS = REPOSITORY / "study" / "records"
@@ -112,13 +112,6 @@ def results(
         finished, running = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             yield future.result()
-
-
-def prepare_worker() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    os.nice(19)  # a study is long; whoever works on the machine goes first
 
 
 def forget(folder: Path, optimizers: list[str]) -> None:

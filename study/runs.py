@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,12 @@ class Run:
     def key(self) -> str:
         """Equal for equal settings, whatever the order or the session."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare_worker() -> None:
+    """Of a process that performs runs. Here, because a package's `__main__` cannot be imported by name."""
+    torch.set_num_threads(1)
+    os.nice(19)  # a study is long; whoever works on the machine goes first
 
 
 def perform(run: Run, device: str = "cpu") -> dict[str, Any]:

@@ -76,6 +76,11 @@ def core_available(device: str = "cpu", dtype: torch.dtype = torch.float32) -> b
     return not why_not_core(device, dtype)
 
 
+def unforced(fused: bool) -> bool | None:
+    """`fused` where PyTorch has to help out: the core takes what it can."""
+    return None if fused else False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters and gradients
 
@@ -389,12 +394,12 @@ class StepCheck:
         self._check_kept(path, old, "path")
         assert tuple(path.shape) == sample.path_shape(old.param.shape), f"{old.where}: path of shape {path.shape}"
         order = old.order if sample.whole else list(range(path.dim()))
-        unit_grad, u = new.of(sample)
+        unit_grad, u, d = new.of(sample)
         before = Interval.exact(old.path, old.unit)
         bounds = extended_path(opt, before, u)
         self._check_inside(path, bounds, f"{old.where}: path", order)
         stored = Interval.exact(flat_array(path, order), old.unit)
-        sums = sums_of(sample, before, stored, unit_grad, u, old.theta.size)
+        sums = sums_of(opt, sample, before, stored, unit_grad, u, d, old.theta.size)
         walk = old.walk.advanced(opt, old.step + 1, sums)
         kept = []
         for key, bounds in zip(WALK, walk_values(walk), strict=True):
@@ -403,7 +408,7 @@ class StepCheck:
                 bounds = Interval.exact(bounds, UNIT["float32"])
             self._check_inside(state[key], bounds.widened(4 * UNIT["float32"]), f"{old.where}: {key}", [])
             kept.append(state[key].item())
-        return Evidence.of(opt, sums, Walk(*kept))
+        return Evidence.of(opt, old.step + 1, sums, Walk(*kept))
 
     def _check_scale(self, old: _Before, evidence: Evidence) -> None:
         scale = self.optimizer.state[old.param]["lr_scale"]

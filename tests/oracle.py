@@ -161,6 +161,11 @@ def is_zero(x: Number) -> bool:
     return bool(x.hi == 0 and x.lo == 0) if isinstance(x, Interval) else bool(x == 0)
 
 
+def may_be_zero(x: Number) -> bool:
+    """Whether zero is among the values that rounding allows."""
+    return bool(np.all(x.lo <= 0)) if isinstance(x, Interval) else bool(np.all(np.asarray(x) == 0))
+
+
 def maximum(x: Number, y: Number) -> Number:
     return x.at_least(y) if isinstance(x, Interval) else np.maximum(x, y)
 
@@ -273,9 +278,9 @@ class AdamStep:
     d: Number
     u: Number
 
-    def of(self, sample: Sample) -> tuple[Number, Number]:
-        """g/d and u of the elements that have a path."""
-        return sample.take(self.g / self.d), sample.take(self.u)
+    def of(self, sample: Sample) -> tuple[Number, Number, Number]:
+        """g/d, u and d of the elements that have a path."""
+        return sample.take(self.g / self.d), sample.take(self.u), sample.take(self.d)
 
 
 def adam_step(
@@ -326,27 +331,29 @@ def updated(options: Options, theta: Number, u: Number, rate: Number) -> Number:
 @dataclass(frozen=True)
 class Sums:
     path_sq: Number  # N
-    step_sq: Number  # sum of u^2
+    step_sq: Number  # U, sum of u^2
     grad_sq: Number  # G
-    grad_path: Number  # X, with the path before the step
+    path_before_sq: Number  # N', of the path before the step
+    weight: Number  # D
     numel: int  # n
 
 
-def sums_of(sample: Sample, path_before: Number, path: Number, unit_grad: Number, u: Number, numel: int) -> Sums:
-    """Of the elements that have a path, scaled to all."""
-    weight = sample.weight
-    return Sums(
-        total(square(path)) * weight,
-        total(square(u)) * weight,
-        total(square(unit_grad)) * weight,
-        total(unit_grad * path_before) * weight,
-        numel,
-    )
+def sums_of(
+    options: Options, sample: Sample, path_before: Number, path: Number, unit_grad: Number, u: Number, d: Number, numel: int
+) -> Sums:
+    """Of the elements that have a path, each weighted with d (not under a fixed reference), scaled to all."""
+
+    weight = d if options.reference == "random_walk" else d * 0 + 1
+
+    def length(x: Number) -> Number:
+        return total(square(x) * weight) * sample.weight
+
+    return Sums(length(path), length(u), length(unit_grad), length(path_before), total(weight) * sample.weight, numel)
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What sum(path^2) is expected to be if every gradient is independent of those before it: V = E sum(m/d)^2,
+    """What N is expected to be if every gradient is independent of those before it, in units of N: V = E sum(m/d)^2,
     C = E sum(path m/d), P = E sum(path^2)."""
 
     moment_sq: Number = 0.0
@@ -354,38 +361,49 @@ class Walk:
     path_sq: Number = 0.0
 
     def advanced(self, options: Options, step: int, sums: Sums) -> Walk:
+        if may_be_zero(sums.path_sq):
+            return self
         beta1, q, s = options.betas[0], options.path_decay, options.path_gain
         bias1 = 1 - beta1**step
-        if is_zero(self.path_sq):
-            # The first step of a walk. Moments may be older than it: then as they are, u being m/d / bias1.
+        before = sums.path_before_sq
+        if may_be_zero(before):
+            # No path so far. Moments may be older than it: then as they are, u being m/d / bias1.
             V = sums.step_sq * bias1**2
         else:
-            V = self.moment_sq * beta1**2 + sums.grad_sq * (1 - beta1) ** 2
-        if not options.moves:
-            return Walk(V, self.path_moment * beta1, self.path_sq)
-        a = s / bias1
-        P = self.path_sq * q**2 + self.path_moment * (2 * q * a * beta1) + V * a**2
-        C = self.path_moment * (q * beta1) + V * a
-        return Walk(V, C, P)
+            V = self.moment_sq * before * beta1**2 + sums.grad_sq * (1 - beta1) ** 2
+        C, P = self.path_moment * before, self.path_sq * before
+        if options.moves:
+            a = s / bias1
+            C, P = C * (q * beta1) + V * a, P * q**2 + C * (2 * q * a * beta1) + V * a**2
+        else:
+            C = C * beta1
+        return Walk(V / sums.path_sq, C / sums.path_sq, P / sums.path_sq)
 
 
 @dataclass(frozen=True)
 class Evidence:
     path_sq: Number = 0.0  # N
     walk_sq: Number = 0.0  # P
-    step_sq: Number = 0.0  # W: a walk's path^2 if all its steps were as long as this one
-    grad_sq: Number = 0.0  # G
-    grad_path: Number = 0.0  # X
+    unit_walk_sq: Number = 0.0  # P of a walk whose gradients all have length 1
+    step_sq: Number = 0.0  # U
+    step_walk_sq: Number = 0.0  # what U is expected to be
     numel: int = 0  # n
 
     @classmethod
-    def of(cls, options: Options, sums: Sums, walk: Walk) -> Evidence:
+    def of(cls, options: Options, step: int, sums: Sums, walk: Walk) -> Evidence:
         """None where nothing moves or all gradients are zero."""
         if not options.moves or is_zero(sums.grad_sq):
             return cls()
-        correlation = options.betas[0] * options.path_decay
-        per_step = (1 + correlation) / (1 - correlation)
-        return cls(sums.path_sq, walk.path_sq, sums.step_sq * per_step, sums.grad_sq, sums.grad_path, sums.numel)
+        beta1 = options.betas[0]
+        bias1, correlation = 1 - beta1**step, beta1 * options.path_decay
+        return cls(
+            sums.path_sq,
+            walk.path_sq * sums.path_sq,
+            sums.weight * ((1 - beta1) / (1 + beta1) * (1 + correlation) / (1 - correlation)),
+            sums.step_sq,
+            walk.moment_sq * sums.path_sq / bias1**2,
+            sums.numel,
+        )
 
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(*(mine + its for mine, its in zip(self.values(), other.values(), strict=True)))
@@ -399,19 +417,14 @@ class Evidence:
 
 
 def excess(e: Evidence) -> float:
-    """How much longer the path is than a random walk's; of floats. PROVISIONAL (rule M of the SPEC)."""
-    prior = 32
-    r = (e.numel * e.path_sq / e.walk_sq + prior) / (e.numel + prior)
-    value = 0.0
-    if r > 1.25:
-        value = 1 - 1.25 / r
-    elif r < 0.6:
-        value = 1 - 0.6 / r
-    c = e.numel / (e.numel + prior) * e.grad_path / math.sqrt(e.grad_sq * e.path_sq)
-    w = e.step_sq / e.path_sq
-    if c < -0.15 and 0.6 * w > 1:
-        value += 1 - 0.6 * w
-    return value
+    """How much longer the path is than a random walk's; of floats."""
+    above = (e.numel * e.path_sq / max(e.walk_sq, e.unit_walk_sq) + 32) / (e.numel + 32)
+    if above > 1.25:
+        return 1 - 1.25 / above
+    r = e.path_sq / e.walk_sq
+    rest = 0.5 * max(min(e.step_sq / e.step_walk_sq, 1.0) ** 4, 0.4)
+    r_with_prior = (e.numel * r + 8) / (e.numel + 8)
+    return min(0.0, max(1 - 0.5 / r_with_prior, 1 - rest / r))
 
 
 def next_scale(options: Options, scale: float, e: Evidence) -> float:
@@ -439,16 +452,14 @@ def next_scale(options: Options, scale: float, e: Evidence) -> float:
 def next_scale_bounds(options: Options, scale: Interval, e: Evidence) -> Interval:
     """`next_scale` over the ends of all intervals in the evidence: the rule may be any function, jumps included."""
 
-    def ends(x: Number, signed: bool = False) -> list[float]:
+    def ends(x: Number) -> list[float]:
         both = {float(x.lo), float(x.hi)} if isinstance(x, Interval) else {float(x)}
-        return sorted(both if signed else {max(0.0, end) for end in both})
+        return sorted({max(0.0, end) for end in both})
 
-    corners = list(
-        itertools.product(*(ends(getattr(e, name), signed=name == "grad_path") for name in e.__dataclass_fields__))
-    )
+    corners = list(itertools.product(*(ends(getattr(e, name)) for name in e.__dataclass_fields__)))
     starts = ends(scale)
     scales = [next_scale(options, start, Evidence(*corner)) for corner in corners for start in starts]
-    if ends(e.grad_sq)[0] == 0.0:  # squares so small that they may be rounded to none, which is no evidence
+    if 0.0 in (ends(e.path_sq)[0], ends(e.step_sq)[0]):  # squares so small that they may be rounded to none, which is no evidence
         scales += starts
     low, high = min(scales), max(scales)
     return Interval(low * (1 - 4 * UNIT["float32"]), high * (1 + 4 * UNIT["float32"]), scale.unit)
@@ -514,14 +525,14 @@ class TensorState:
         self.m, self.v, self.u = round_to(kept, new.m), round_to(kept, new.v), new.u
         if options.amsgrad:
             self.v_max = round_to(kept, new.v_max)
-        unit_grad, u = (part.reshape(self.path.shape) for part in new.of(self.sample))
+        unit_grad, u, d = (part.reshape(self.path.shape) for part in new.of(self.sample))
         before, self.path = self.path, round_to(kept, extended_path(options, self.path, u))
-        sums = sums_of(self.sample, before, self.path, unit_grad, u, self.theta.size)
+        sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d, self.theta.size)
         walk = self.walk.advanced(options, self.step, sums)
         rounded = [float(np.float32(x)) for x in (walk.moment_sq, walk.path_moment, walk.path_sq)]
         if all(map(math.isfinite, rounded)):
             self.walk = Walk(*rounded)
-        return Evidence.of(options, sums, self.walk)
+        return Evidence.of(options, self.step, sums, self.walk)
 
     def update(self, options: Options) -> None:
         assert self.scale is not None

@@ -28,7 +28,7 @@ class AbsentTensors:
     """Tensors of one group and device, without a gradient on this rank; the verbs and rows are those of a `Bucket`.
 
     Args:
-        sums: float64 [n, 5], over the other ranks.
+        sums: float64 [n, 6], over the other ranks.
         states: complete ones.
     """
 
@@ -51,7 +51,7 @@ class AbsentTensors:
         following = steps.to(self._sums.dtype) + 1.0
         advanced = adaptation.advanced_walks(walks, self._sums, self._options, following, self._moves)
         advanced = torch.where(self._takes_part.unsqueeze(1), advanced, walks)
-        evidence = adaptation.evidence_of(self._sums, advanced, self._options, self._moves)
+        evidence = adaptation.evidence_of(self._sums, advanced, self._options, following, self._moves)
         self.evidence = torch.where(self._takes_part.unsqueeze(1), evidence, 0.0)
         self._store("step", steps + self._takes_part)
         for column, name in enumerate(WALK):

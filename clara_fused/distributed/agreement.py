@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..step import Location, StepInputs, moved
 from .collectives import Collective, collectives_per_mesh, merged, sending_device
-from .placement import Placed, place
+from .placement import Placed, is_fsdp1_shard, place
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,14 +90,21 @@ def agreed_collectives(
         RanksDisagreeError: they differ in this or in their hyperparameters.
     """
     placed = [place(location, param, process_group) for location, param in params.items()]
-    per_mesh = collectives_per_mesh(placed, process_group)
-    total = per_mesh[-1] if one_scale and process_group is not None else None
-    collectives = [each for each in per_mesh if each is not total]
+    collectives = per_mesh = collectives_per_mesh(placed, process_group)
+    total = None
     if one_scale:
-        collectives = merged(collectives, [m for m in placed if m.mesh is None and total is None])
-    meshes = [each.mesh for each in collectives]
-    for each in [*collectives, *(each for each in per_mesh if each.mesh not in meshes)]:
-        # Under process_group AdamClaraGlobal lets each rank have others, and so the common ones in other places.
+        collectives = [each for each in per_mesh if each.mesh is not None]
+        alone = [member for member in placed if member.mesh is None]
+        if process_group is not None:
+            total = per_mesh[-1]
+            # Each rank may have parameters of its own, but FSDP1's are on all of them: a shard each.
+            shards, alone = [member for member in alone if is_fsdp1_shard(member.param)], []
+            if shards:
+                collectives.append(Collective(process_group, total.ranks, None, shards))
+        collectives = merged(collectives, alone)
+    compared = [*collectives, *(each for each in per_mesh if each.mesh not in [known.mesh for known in collectives])]
+    for each in compared:
+        # Where each rank may have others the common ones may be in other places.
         members = () if each is total else each.members
         compare_ranks(each, [*hyperparameters, *describe_members(members, by_place=total is None)])
     summed = [each for each in collectives if len(each.ranks) > 1 and each.members]

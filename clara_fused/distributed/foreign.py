@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import describe
+from .placement import is_fsdp1_shard
 
 
 def check_shards(param: Tensor, group_index: int, param_index: int, process_group: Any, one_scale: bool) -> None:
@@ -23,7 +24,7 @@ def check_shards(param: Tensor, group_index: int, param_index: int, process_grou
     """
     ranks = torch.distributed.get_world_size() if _is_distributed() else 1
     problem = None
-    if getattr(param, "_fsdp_flattened", False):
+    if is_fsdp1_shard(param):
         if process_group is None and ranks > 1:
             problem = (
                 "is a shard of FSDP1, whose process group an optimizer cannot find: pass process_group=, the group "

@@ -82,6 +82,11 @@ def signature_of(param_groups: ParamGroups) -> list[object]:
     ]
 
 
+def is_fsdp1_shard(param: Tensor) -> bool:
+    """Whether FSDP1 has marked this as its own: a shard (maybe empty), of which all ranks of its group have one."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
     """Global ranks of a process group, sorted."""
     return tuple(sorted(torch.distributed.get_process_group_ranks(group)))

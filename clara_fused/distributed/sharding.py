@@ -6,7 +6,8 @@ same: the walk, the evidence and the scale of a tensor are the whole tensor's on
 
 Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums
 tensor by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of
-them. Their walks are those of what is here; a walk is linear in the sums, so the total is exact all the same.
+them. Their walks are those of what is here; a walk is linear in the sums, so the total is exact all the same. (FSDP1
+tells its shards by a mark, and wants 0-dim state to be equal on all ranks: they are summed tensor by tensor.)
 """
 
 from __future__ import annotations

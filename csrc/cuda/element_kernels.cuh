@@ -153,13 +153,16 @@ struct Sample {
   __device__ __forceinline__ bool in_vectors() const { return whole() || log_kept >= 2; }
 };
 
+// Of ElementSums.
+constexpr int kSums = 5;
+
 static_assert(kVector == 4, "log_kept >= 2 says that a vector lies within a run");
 static_assert(kPathChunk % 1024 == 0, "a chunk holds whole runs, whose longest are 1024");
 
 template <typename Turn, typename P, typename G>
 __device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, const Stream<float>& paths,
                                                 const Sample& sample, const MeasureCoefficients<float>& c, int first,
-                                                float (&sums)[4]) {
+                                                float (&sums)[kSums]) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
   read_shared_memory_again();
   Elements<P, G, Turn::kCount> elements[Turn::kVectors];
@@ -178,11 +181,12 @@ __device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, co
       const float u = adam_step(elements[k].m.element[i], to.d, c.adam);
       const float before = path[k].element[i];
       if (c.moves) path[k].element[i] = extended_path(before, u, c);
-      const ElementSums<float> of_element = element_sums(before, path[k].element[i], u, to.grad, to.d);
+      const ElementSums<float> of_element = element_sums(before, path[k].element[i], u, to.grad, to.d, c);
       sums[0] += of_element.path_sq;
       sums[1] += of_element.step_sq;
       sums[2] += of_element.grad_sq;
-      sums[3] += of_element.grad_path;
+      sums[3] += of_element.path_before_sq;
+      sums[4] += of_element.weight;
     }
     if (c.moves) paths.store<Turn::kAccess>(first + k * Turn::kStride, path[k]);
   }
@@ -210,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   }
   __syncthreads();
 
-  float sums[4] = {};
+  float sums[kSums] = {};
   if (sample.in_vectors()) {
     for_each_vector<kMeasureVectors>(count, streams.all_aligned() && path.aligned(), [&](auto turn, int i) {
       measure_vectors<decltype(turn)>(streams, path, sample, with, i, sums);
@@ -222,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   }
 
   block_reduce(sums, Sum{});
-  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3]};
+  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4]};
 }
 
 // ---------------------------------------------------------------------------------------------------------------

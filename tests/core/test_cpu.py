@@ -1,24 +1,30 @@
-"""The CPU kernels: their C++ test under the sanitizers and for every instruction set, and what Python sees of them.
+"""The compiled core on the CPU: its C++ test under the sanitizers and for every instruction set, what `gather` finds
+regular, and what Python sees of the verbs.
 
-The formulas are covered by the tests that run every optimizer with ``fused=True``.
+The formulas are covered by the C++ test, and by the tests that run every optimizer with ``fused=True``.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import VARIANTS, core_available
+from torch import Tensor
+from torch.nn import Parameter
 
-from clara_fused import core_backend
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 SANITIZERS = {
     "address, undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -34,7 +40,7 @@ def test_cpp_core_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
         pytest.skip("needs g++")
     sources = [
         ROOT / "tests/cpp/cpu_core.cpp",
-        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("kernels", "cpu_backend", "dispatch", "team", "workspace")),
+        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("kernels", "cpu_backend", "dispatch", "team")),
     ]
 
     def compile_one(source: Path) -> str:
@@ -50,22 +56,23 @@ def test_cpp_core_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     brief = ["brief"] if sanitizer == "thread" else []
     run = subprocess.run([program, *brief], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "0 failures" in run.stdout
+    assert " 0 failures" in run.stdout
 
 
-pytestmark_core = pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+needs_core = pytest.mark.skipif(not core_available(), reason="needs the compiled core")
 
 COMPARE = """
 import sys
 import torch
 sys.path.insert(0, "tests")
 from helpers import VARIANTS
-from clara_fused import core_backend
-print(core_backend._core_module().build_info()["cpu_instruction_set"])
+from clara_fused.core import _core
+print(_core.build_info()["cpu_instruction_set"])
+shapes = [(1,), (15,), (16,), (17,), (100,), (16385,), (300, 256), (128, 64, 3, 3), (70, 1024), (200_000,)]
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-7}[dtype]
     torch.manual_seed(0)
-    values = [torch.randn(n, dtype=dtype) for n in (1, 15, 16, 17, 100, 16385, 40000, 200_000, 300_000)]
+    values = [torch.randn(shape, dtype=dtype) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
     optimizers = [VARIANTS["Smoothed"](ours, fused=True, lr=0.01), VARIANTS["Smoothed"](theirs, fused=False, lr=0.01)]
     for _ in range(3):
@@ -76,13 +83,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             optimizer.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(
-            optimizers[0].state[a]["path"], optimizers[1].state[b]["path"], rtol=1e-4, atol=1e-4
-        )
+        path, expected = optimizers[0].state[a]["path"], optimizers[1].state[b]["path"]
+        torch.testing.assert_close(path, expected, rtol=1e-4, atol=1e-4)
 """
 
 
-@pytestmark_core
+@needs_core
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_agrees_with_pytorch(instruction_set: str) -> None:
     run = subprocess.run(
@@ -97,7 +103,7 @@ def test_every_instruction_set_agrees_with_pytorch(instruction_set: str) -> None
         pytest.skip(f"this processor cannot run {instruction_set}")
 
 
-@pytestmark_core
+@needs_core
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) -> None:
@@ -108,8 +114,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) ->
             torch.set_num_threads(threads)
             torch.manual_seed(0)
             # Large tensors that the threads share; then so many that each thread takes whole ones.
-            sizes = (7, 100_000, 400_000, 350_000, 64, 20_000) if few else (70_001,) * 40
-            params = [torch.nn.Parameter(torch.randn(n)) for n in sizes]
+            shapes = [(7,), (100, 1000), (400, 1024), (350, 1024), (64,), (20_000,)] if few else [(70, 1001)] * 40
+            params = [Parameter(torch.randn(shape)) for shape in shapes]
             optimizer = VARIANTS[variant](params, fused=True)
             for _ in range(3):
                 for param in params:
@@ -122,34 +128,267 @@ def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) ->
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytestmark_core
-def test_a_gradient_dtype_without_kernels_is_named() -> None:
-    param = torch.nn.Parameter(torch.ones(3))
-    if not hasattr(param, "grad_dtype"):
-        pytest.skip("needs Tensor.grad_dtype (torch 2.10)")
-    param.grad_dtype = None
-    param.grad = torch.ones(3, dtype=torch.float64)
-    optimizer = VARIANTS["Local"]([param], fused=True)
-    with pytest.raises(RuntimeError, match=r"param group 0, parameter 0 .* torch.float64 gradient .* torch.float32"):
-        optimizer.step()
-    assert not optimizer.state
-    VARIANTS["Local"]([param]).step()
-    assert param[0] < 1
+# --- gather ----------------------------------------------------------------------------------------------------------
+
+State = dict[Tensor, dict[str, Any]]
+ENTRIES = (
+    "step", "lr_scale", "walk_moment_sq", "walk_path_moment", "walk_path_sq", "exp_avg", "exp_avg_sq", "path",
+)  # fmt: skip
 
 
-@pytestmark_core
-def test_bucket_refuses_what_it_cannot_hold() -> None:
-    core = core_backend._core_module()
-    f32 = core.DType.float32
-    groups = core.GroupTable(1)
-    bucket = core.Bucket(
-        groups, device=-1, variant=core.Variant.LOCAL, param=f32, grad=f32, path=f32, deferred=False
-    )
-    assert len(bucket) == 0
-    bucket.step(2, 0)
-    with pytest.raises(IndexError):
-        bucket.add(
-            group=1, numel=1, param=0, grad=0, exp_avg=0, exp_avg_sq=0, max_exp_avg_sq=0, path=0, step=0, lr_scale=0
-        )
-    with pytest.raises(IndexError):
-        groups.set_lr(3, 0.1)
+def core_module() -> Any:
+    from clara_fused.core import _core
+
+    return _core
+
+
+def with_grad(value: Tensor, grad: Tensor | None = None) -> Parameter:
+    param = Parameter(value)
+    if grad is not None and grad.dtype != value.dtype:
+        if not hasattr(param, "grad_dtype"):
+            pytest.skip("needs Tensor.grad_dtype")
+        param.grad_dtype = None
+    param.grad = torch.randn_like(value) if grad is None else grad
+    return param
+
+
+def state_of(param: Tensor, path_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    state: dict[str, Any] = {name: torch.zeros(()) for name in ENTRIES}
+    state["lr_scale"] = torch.ones(())
+    for name in ("exp_avg", "exp_avg_sq", "path"):
+        state[name] = torch.zeros_like(param.detach(), dtype=dtype)
+    if path_shape is not None:
+        state["path"] = torch.zeros(path_shape, dtype=dtype)
+    return state
+
+
+def irregular(params: list[Parameter], state: State | None = None, one_scale: bool = False, **group: Any) -> list[int]:
+    if state is None:
+        state = {param: state_of(param) for param in params}
+    gathered = core_module().gather([{"params": params, "amsgrad": False, **group}], state, one_scale)
+    regular = [location for bucket in gathered.buckets for location in bucket.locations]
+    assert sorted([*regular, *gathered.irregular]) == [(0, i) for i in range(len(params))]
+    return [index for _, index in gathered.irregular]
+
+
+def step_once(params: list[Parameter], state: State, amsgrad: bool = False, **options: float) -> None:
+    core = core_module()
+    values = {
+        "lr": 0.1, "beta1": 0.9, "beta2": 0.999, "log_beta1": math.log(0.9), "log_beta2": math.log(0.999),
+        "eps": 1e-8, "smoothing": 0.05, "damping": 0.5, "clip_low": 0.5, "clip_high": 1.05, "scale_low": 1e-8,
+        "scale_high": 1e8, **options,
+    }  # fmt: skip
+    table = core.GroupTable(1)
+    table.set(0, [float(values.get(name, 0.0)) for name in core.OPTION_NAMES])
+    gathered = core.gather([{"params": params, "amsgrad": amsgrad}], state, False)
+    assert not gathered.irregular
+    for bucket in gathered.buckets:
+        bucket.set_groups(table)
+        bucket.step(2, 0)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(3, 4), torch.ones(1), torch.ones(()), torch.ones(0, 5), torch.ones(4, 6).t(), torch.ones(2, 1, 3),
+        torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(5, dtype=torch.float64),
+        torch.ones(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.float16), torch.ones(6, 4).as_strided((1, 4), (9, 1)),
+    ],
+)  # fmt: skip
+def test_dense_tensors_are_regular(value: Tensor) -> None:
+    assert irregular([with_grad(value)]) == []
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("value", "path_shape", "fits"),
+    [
+        (torch.ones(300, 256), (300, 16), True),
+        (torch.ones(300, 256), (300, 1), True),
+        (torch.ones(300, 256), (300, 24), False),  # 24 of 256 is no power of two
+        (torch.ones(300, 256), (300 * 16,), False),
+        (torch.ones(256, 300).t(), (300, 16), False),  # dimension 0 is not outermost in memory
+        (torch.ones(256, 64, 3, 3), (256, 36), True),
+        (torch.ones(256, 64, 3, 3).to(memory_format=torch.channels_last), (256, 36), True),
+        (torch.ones(70 * 1024), (70 * 64,), True),
+        (torch.ones(70 * 1024), (70, 64), False),
+    ],
+)
+def test_layouts_of_paths(value: Tensor, path_shape: tuple[int, ...], fits: bool) -> None:
+    param = with_grad(value)
+    assert (irregular([param], {param: state_of(param, path_shape)}) == []) == fits
+
+
+@needs_core
+@pytest.mark.parametrize("name", ENTRIES)
+def test_incomplete_state_is_irregular(name: str) -> None:
+    param = with_grad(torch.ones(10))
+    for wrong in (None, 7, torch.zeros(3), torch.zeros(10, dtype=torch.float16), torch.zeros(10, device="meta")):
+        state = state_of(param)
+        state[name] = wrong
+        assert irregular([param], {param: state}) == [0]
+    del state[name]
+    assert irregular([param], {param: state}) == [0]
+    assert irregular([param], {}) == [0]
+    assert irregular([param], {param: 7}) == [0]  # type: ignore[dict-item]
+
+
+@needs_core
+def test_amsgrad_needs_its_maximum() -> None:
+    param = with_grad(torch.ones(10))
+    state = state_of(param)
+    assert irregular([param], {param: state}, amsgrad=True) == [0]
+    state["max_exp_avg_sq"] = torch.zeros(10)
+    assert irregular([param], {param: state}, amsgrad=True) == []
+
+
+class Subclass(Tensor):
+    pass
+
+
+@needs_core
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: with_grad(torch.ones(6, 4), torch.ones(6, 8)[:, ::2]),
+        lambda: with_grad(torch.ones(6, 4), torch.ones(4, 6).t()),
+        lambda: with_grad(torch.ones(6, 8)[:, ::2]),
+        lambda: with_grad(torch.ones(1).expand(5), torch.ones(5)),
+        lambda: with_grad(torch.ones(5, dtype=torch.complex64)),
+        lambda: with_grad(torch.ones(5, 5), torch.ones(5, 5).to_sparse()),
+        lambda: with_grad(torch.ones(5, device="meta"), torch.ones(5, device="meta")),
+        lambda: with_grad(torch.ones(5), torch.ones(5).as_subclass(Subclass)),
+        lambda: with_grad(torch.ones(5).as_subclass(Subclass), torch.ones(5)),
+        lambda: with_grad(torch.ones(5), torch.ones(5, dtype=torch.float64)),
+        lambda: with_grad(torch.ones(1), torch.ones(1, dtype=torch.complex64).conj().imag),
+        lambda: with_grad(torch.ones(1, dtype=torch.complex64).conj().imag),
+    ],
+)
+def test_odd_tensors_are_irregular(make: Callable[[], Parameter]) -> None:
+    plain = with_grad(torch.ones(3))
+    odd = make()
+    assert irregular([plain, odd]) == [1]
+    assert irregular([odd, Parameter(torch.ones(2)), plain][:1]) == [0]
+
+
+@needs_core
+def test_memory_that_parameters_share_is_irregular() -> None:
+    buffer = torch.randn(100)
+    parts = [with_grad(buffer[i : i + 20]) for i in (0, 10, 20, 60, 80)]
+    assert irregular(parts) == [0, 1, 2]
+    for param in (with_grad(torch.ones(4)), with_grad(torch.ones(0))):
+        assert irregular([param, param]) == [0, 1]
+
+
+@needs_core
+def test_one_scale_is_the_same_tensor_for_all() -> None:
+    params = [with_grad(torch.ones(5)) for _ in range(3)]
+    state: State = {param: state_of(param) for param in params}
+    for param in params:
+        state[param]["lr_scale"] = state[params[0]]["lr_scale"]
+    assert irregular(params, state, one_scale=True) == []
+    state[params[1]]["lr_scale"] = torch.ones(())
+    assert irregular(params, state, one_scale=True) == [1]
+    assert irregular(params, state) == []
+
+
+@needs_core
+def test_buckets_are_sorted_and_tell_their_tensors() -> None:
+    core = core_module()
+    dtypes = (torch.float64, torch.bfloat16, torch.float32, torch.float32)
+    params = [with_grad(torch.ones(3, dtype=dtype)) for dtype in dtypes]
+    idle = Parameter(torch.ones(3))
+    groups = [{"params": [params[0], idle]}, {"params": params[1:]}]
+    buckets = core.gather(groups, {param: state_of(param) for param in params}, False).buckets
+    assert [bucket.param_dtype.name for bucket in buckets] == ["float32", "bfloat16", "float64"]
+    assert [bucket.locations for bucket in buckets] == [[(1, 1), (1, 2)], [(1, 0)], [(0, 0)]]
+    assert all(bucket.device == ("cpu", -1) for bucket in buckets)
+    assert all(a is b for a, b in zip(buckets[0].params, params[2:], strict=True))
+    assert len(buckets[0]) == 2
+
+
+@needs_core
+def test_gather_works_under_a_torch_function_mode() -> None:
+    param = with_grad(torch.ones(3))
+    with torch.device("meta"):
+        assert irregular([param], {param: state_of(param)}) == [0]  # the state was made there
+    state: State = {param: state_of(param)}
+    with torch.device("meta"):
+        assert irregular([param], state) == []
+
+
+@needs_core
+def test_a_bucket_owns_what_it_points_to() -> None:
+    core = core_module()
+    param = with_grad(torch.ones(1000))
+    state: State = {param: state_of(param)}
+    gathered = core.gather([{"params": [param]}], state, False)
+    alive = weakref.ref(param.grad), weakref.ref(state[param]["exp_avg"])
+    param.grad = None
+    state.clear()
+    gc.collect()
+    assert all(reference() is not None for reference in alive)
+    del gathered
+    gc.collect()
+    assert all(reference() is None for reference in alive)
+
+
+@needs_core
+def test_gather_says_what_it_cannot_walk() -> None:
+    gather = core_module().gather
+    for groups in ([3], [{}], [{"params": None}], 3):
+        with pytest.raises(TypeError):
+            gather(groups, {}, False)
+
+
+@needs_core
+def test_state_in_another_order_than_the_parameters() -> None:
+    params = [with_grad(torch.full((4,), float(i))) for i in range(40)]
+    state: State = {param: state_of(param) for param in reversed(params)}
+    step_once(params[::2], state)
+    assert [float(state[param]["step"]) for param in params] == [1.0, 0.0] * 20
+
+
+@needs_core
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_without_adaptation_the_core_is_adam(amsgrad: bool) -> None:
+    torch.manual_seed(0)
+    ours = [with_grad(torch.randn(shape)) for shape in ((3,), (17, 5), (300, 256), (256, 64, 3, 3), ())]
+    theirs = [Parameter(param.detach().clone()) for param in ours]
+    state: State = {p: state_of(p) for p in ours}
+    state[ours[2]] = state_of(ours[2], (300, 16))
+    state[ours[3]] = state_of(ours[3], (256, 36))
+    adam = torch.optim.Adam(theirs, lr=0.1, weight_decay=0.1, amsgrad=amsgrad)
+    for param in ours if amsgrad else []:
+        state[param]["max_exp_avg_sq"] = torch.zeros_like(param.detach())
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        step_once(ours, state, amsgrad, weight_decay=0.1)
+        adam.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_core
+def test_buckets_and_tables_refuse_what_does_not_fit() -> None:
+    core = core_module()
+    param = with_grad(torch.ones(3))
+    (bucket,) = core.gather([{"params": []}, {"params": [param]}], {param: state_of(param)}, False).buckets
+    with pytest.raises(RuntimeError, match="set_groups"):
+        bucket.step(1, 0)
+    bucket.set_groups(core.GroupTable(1))
+    with pytest.raises(RuntimeError, match="set_groups"):
+        bucket.update(1, 0)
+    with pytest.raises(ValueError, match="one row of evidence per scale"):
+        bucket.rescale(0, 2, 1, 0)
+    with pytest.raises(ValueError, match="OPTION_NAMES"):
+        core.GroupTable(1).set(0, [1.0])
+    for call in (lambda: core.GroupTable(1).set(1, [0.0] * len(core.OPTION_NAMES)),
+                 lambda: core.GroupTable(1).set_lr_tensor(1, 0, False)):  # fmt: skip
+        with pytest.raises(IndexError):
+            call()
+    assert param.tolist() == [1.0] * 3

@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LIVELY, SCALARS, VARIANTS, StepCheck, core_available, parameters, set_gradients, snapshot, train
+from helpers import (
+    LIVELY,
+    SCALARS,
+    VARIANTS,
+    StepCheck,
+    core_available,
+    parameters,
+    set_gradients,
+    snapshot,
+    train,
+    unforced,
+)
 
 pytestmark = pytest.mark.skipif(not core_available(), reason="needs the compiled core")
 
@@ -540,7 +551,7 @@ def test_what_is_the_negative_of_its_memory(of: str, shape: tuple[int, ...], var
 
     twin = torch.nn.Parameter(torch.full(shape, 3.0))
     param = torch.nn.Parameter(negative(twin.detach()) if of == "parameter" else twin.detach().clone())
-    optimizer, other = (VARIANTS[variant]([p], fused=fused or None, **LIVELY[variant]) for p in (param, twin))
+    optimizer, other = (VARIANTS[variant]([p], fused=unforced(fused), **LIVELY[variant]) for p in (param, twin))
     for step in range(4):
         set_gradients([param, twin], step)
         param.grad = twin.grad = torch.full(shape, 2.0 + step)

@@ -63,7 +63,7 @@ EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
     "tp-2": ([((0, 1), 4)], [((0, 1), 9)], False),  # Global: copies as well, for the scale's last bit
     # Two meshes: data x tensor parallel for 4 parameters, data parallel alone (ranks 0 and 2) for 5.
     "fsdp2-tp-2x2": ([(ALL, 4), ((0, 2), 5)], [(ALL, 9)], False),
-    "fsdp1-4": ([(ALL, 9)], [], True),
+    "fsdp1-4": ([(ALL, 9)], [(ALL, 9)], True),
     "zero1-2": ([], [], True),
     "ddp-2": ([], [], False),
 }

@@ -244,12 +244,11 @@ def fsdp1_whole_state_dict(variant: str) -> None:
     second.optimizer.load_state_dict(parts)
     second.step(BEFORE)
     assert all(other == scales_by_name(second) for other in on_all_ranks(scales_by_name(second)))
-    if variant != "Global":  # there each rank has the walk, and the state, of what it holds
-        params = dict(second.model.named_parameters())
-        for name in SCALARS:
-            here = {key: second.optimizer.state[param][name].item() for key, param in params.items()}
-            assert all(other == here for other in on_all_ranks(here)), name
-        assert {entry["step"].item() for entry in second.optimizer.state.values()} == {BEFORE + 1}
+    params = dict(second.model.named_parameters())
+    for name in SCALARS:
+        here = {key: second.optimizer.state[param][name].item() for key, param in params.items()}
+        assert all(other == here for other in on_all_ranks(here)), name
+    assert {entry["step"].item() for entry in second.optimizer.state.values()} == {BEFORE + 1}
 
 
 @pytest.mark.parametrize("variant", ["Global", "Smoothed"])

@@ -252,14 +252,15 @@ class Optimizer {
     const auto offsets = clara::cuda::layout(list_.count, {list_.chunk_count, list_.path_chunk_count});
     const auto* parts = reinterpret_cast<const ElementSums<float>*>(memory_.data() + offsets.partial_sums);
     const Size& size = tensors_[i]->size;
-    PathSums sums{0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
+    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
     const double weight = static_cast<double>(size.run) / size.kept;
     const int64_t first = records_[row].first_path_chunk;
     for (int64_t chunk = first; chunk * kPathChunk < first * kPathChunk + size.path_numel(); ++chunk) {
       sums.path_sq += weight * parts[chunk].path_sq;
       sums.step_sq += weight * parts[chunk].step_sq;
       sums.grad_sq += weight * parts[chunk].grad_sq;
-      sums.grad_path += weight * parts[chunk].grad_path;
+      sums.path_before_sq += weight * parts[chunk].path_before_sq;
+      sums.weight += weight * parts[chunk].weight;
     }
     return sums;
   }
@@ -419,6 +420,8 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
   const Group& g = setup.groups[static_cast<size_t>(after.group)];
   const double q = 1.0 - g.smoothing, s = std::sqrt(g.smoothing * (2.0 - g.smoothing));
   PathSums want{}, tolerance{};
+  clara::MeasureCoefficients<double> coefficients{};
+  coefficients.in_adams_metric = g.reference == 0.0;
   for (int64_t p = 0; p < after.path.count(); ++p) {
     const Place where = {index, p};
     const Element e = element_after(setup, before, after.size.element(p));
@@ -434,17 +437,19 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
       to.path_sq += factor * of_element.path_sq;
       to.step_sq += factor * of_element.step_sq;
       to.grad_sq += factor * of_element.grad_sq;
-      to.grad_path += factor * of_element.grad_path;
+      to.path_before_sq += factor * of_element.path_before_sq;
+      to.weight += factor * of_element.weight;
     };
-    add(want, clara::element_sums(path_before, path, e.u, e.grad, e.d), weight);
+    add(want, clara::element_sums(path_before, path, e.u, e.grad, e.d, coefficients), weight);
     const double path_bound = std::max(std::fabs(path_before), std::fabs(path));
-    add(tolerance, clara::element_sums(path_bound, path_bound, e.u_tolerance * 2.5e5, e.grad_size, e.d),
+    add(tolerance, clara::element_sums(path_bound, path_bound, e.u_tolerance * 2.5e5, e.grad_size, e.d, coefficients),
         1e-5 * weight);
   }
   require_close(sums.path_sq, want.path_sq, tolerance.path_sq, {index}, "path_sq");
   require_close(sums.step_sq, want.step_sq, tolerance.step_sq, {index}, "step_sq");
   require_close(sums.grad_sq, want.grad_sq, tolerance.grad_sq, {index}, "grad_sq");
-  require_close(sums.grad_path, want.grad_path, tolerance.grad_path, {index}, "grad_path");
+  require_close(sums.path_before_sq, want.path_before_sq, tolerance.path_before_sq, {index}, "path_before_sq");
+  require_close(sums.weight, want.weight, tolerance.weight, {index}, "weight");
   REQUIRE(sums.numel == static_cast<double>(after.size.numel));
 }
 
@@ -457,7 +462,7 @@ Evidence check_advanced(const GroupOptions& options, const Tensor& before, const
   require_close(got.moment_sq, want.moment_sq, 1e-6 * want.moment_sq, {index}, "walk_moment_sq");
   require_close(got.path_moment, want.path_moment, 1e-6 * want.path_moment, {index}, "walk_path_moment");
   require_close(got.path_sq, want.path_sq, 1e-6 * want.path_sq, {index}, "walk_path_sq");
-  return clara::evidence_of(sums, got, options);
+  return clara::evidence_of(sums, got, options, after.step.get(0));
 }
 
 double* columns(Evidence& evidence) { return &evidence.path_sq; }
@@ -762,7 +767,7 @@ void same_sums_at_any_alignment() {
     all.emplace_back();
     for (size_t i = 0; i < optimizer.tensors().size(); ++i) {
       const PathSums sums = optimizer.sums_of(i);
-      for (double sum : {sums.path_sq, sums.step_sq, sums.grad_sq, sums.grad_path}) all.back().push_back(sum);
+      for (double sum : {sums.path_sq, sums.step_sq, sums.grad_sq, sums.path_before_sq, sums.weight}) all.back().push_back(sum);
     }
   }
   REQUIRE(all[0] == all[1]);

@@ -97,7 +97,8 @@ def test_lists_and_tuples_are_the_same_option(fused: bool) -> None:
 def test_every_state_has_the_one_scale(fused: bool) -> None:
     """After every step, also in parameters without a gradient then; who joins gets it; sums count only gradients."""
     params = parameters()
-    optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"])
+    # A rule without a rest: every step moves the scale.
+    optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"], reference=0.3)
     check = StepCheck("Global", optimizer)
     scales = []
     for step, missing in enumerate([(2,), (1, 2), (0, 2), (), (0,), (0, 1)]):

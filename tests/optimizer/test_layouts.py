@@ -12,7 +12,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import LIVELY, VARIANTS, StepCheck, as_array, frozen, parameters, set_gradients, snapshot, why_not_core
+from helpers import (
+    LIVELY,
+    VARIANTS,
+    StepCheck,
+    as_array,
+    frozen,
+    parameters,
+    set_gradients,
+    snapshot,
+    unforced,
+    why_not_core,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +68,7 @@ def test_layouts(param_layout: str, grad_layout: str, dtype: torch.dtype, fused:
         used = torch.zeros(storage_of(param.data).shape, dtype=torch.bool)
         used.as_strided(param.shape, strides, param.storage_offset()).fill_(True)
         gaps = storage_of(param.data)[~used].clone()
-        check = StepCheck(variant, VARIANTS[variant]([param], fused=fused or None, **LIVELY[variant]))
+        check = StepCheck(variant, VARIANTS[variant]([param], fused=unforced(fused), **LIVELY[variant]))
         for _ in range(3):
             param.grad = LAYOUTS[grad_layout](torch.randn(values.shape, generator=generator).to(dtype))
             gradient = frozen(storage_of(param.grad))
@@ -90,7 +101,7 @@ def test_state_of_any_layout(layout: str, variant: str, fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn((3, 4, 5, 6), generator=generator)
     param = torch.nn.Parameter(values.clone())
-    optimizer = VARIANTS[variant]([param], fused=fused or None, **LIVELY[variant])
+    optimizer = VARIANTS[variant]([param], fused=unforced(fused), **LIVELY[variant])
     check = StepCheck(variant, optimizer)
     param.grad = torch.randn(values.shape, generator=generator)
     check.step()
@@ -99,7 +110,7 @@ def test_state_of_any_layout(layout: str, variant: str, fused: bool) -> None:
         state[key] = LAYOUTS[layout](state[key])
         param.grad = torch.randn(values.shape, generator=generator)
         check.step()
-    reloaded = VARIANTS[variant]([param], fused=fused or None, **LIVELY[variant])
+    reloaded = VARIANTS[variant]([param], fused=unforced(fused), **LIVELY[variant])
     taken = optimizer.state_dict()
     for key in ("exp_avg", "exp_avg_sq", "path"):
         taken["state"][0][key] = LAYOUTS[layout](taken["state"][0][key])
@@ -112,7 +123,7 @@ def test_state_of_any_layout(layout: str, variant: str, fused: bool) -> None:
 def test_expanded_gradient(variant: str, fused: bool) -> None:
     """sum().backward() gives an expanded scalar as the gradient, stride 0."""
     params = parameters([(6, 5), (9,)])
-    optimizer = VARIANTS[variant](params, fused=fused or None, **LIVELY[variant])
+    optimizer = VARIANTS[variant](params, fused=unforced(fused), **LIVELY[variant])
     check = StepCheck(variant, optimizer)
     for step in range(3):
         for param in params:
@@ -124,7 +135,7 @@ def test_gradient_in_another_layout_at_every_step(variant: str, fused: bool) -> 
     """Caches of pointers must see a gradient replaced by one with other strides, another offset, the same address."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn((3, 4, 5, 6), generator=generator))
-    optimizer = VARIANTS[variant]([param], fused=fused or None, **LIVELY[variant])
+    optimizer = VARIANTS[variant]([param], fused=unforced(fused), **LIVELY[variant])
     check = StepCheck(variant, optimizer)
     for layout in [*LAYOUTS.values(), *reversed(LAYOUTS.values())]:
         param.grad = layout(torch.randn(param.shape, generator=generator))
@@ -192,10 +203,8 @@ def test_many_tensors(variant: str, fused: bool) -> None:
 def test_dtypes_mixed_in_one_optimizer(variant: str, fused: bool) -> None:
     """fused=None sends each type to whoever serves it; Global's one scale spans all of them."""
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
-    if fused:
-        dtypes = [d for d in dtypes if not why_not_core("cpu", d)]
     params = [parameters([(6, 5)], dtype, seed)[0] for seed, dtype in enumerate(dtypes)]
-    optimizer = VARIANTS[variant](params, fused=fused or None, **LIVELY[variant])
+    optimizer = VARIANTS[variant](params, fused=unforced(fused), **LIVELY[variant])
     check = StepCheck(variant, optimizer)
     for step in range(4):
         set_gradients(params, step)
@@ -234,7 +243,7 @@ def test_random_views(
 
 
 def clara_local(param: torch.nn.Parameter, fused: bool) -> torch.optim.Optimizer:
-    return VARIANTS["Local"]([param], fused=fused or None, **LIVELY["Local"])
+    return VARIANTS["Local"]([param], fused=unforced(fused), **LIVELY["Local"])
 
 
 LARGE_LAYOUTS = ["contiguous", "channels_last", "transposed", "permuted", "every second", "misaligned"]
@@ -247,7 +256,7 @@ def test_layouts_of_sampled_tensors(param_layout: str, grad_layout: str, fused: 
     generator = torch.Generator().manual_seed(0)
     values = torch.randn((64, 32, 8, 8), generator=generator)
     param = torch.nn.Parameter(LAYOUTS[param_layout](values))
-    check = StepCheck("Local", VARIANTS["Local"]([param], fused=fused or None, **LIVELY["Local"]))
+    check = StepCheck("Local", VARIANTS["Local"]([param], fused=unforced(fused), **LIVELY["Local"]))
     for _ in range(2):
         param.grad = LAYOUTS[grad_layout](torch.randn(values.shape, generator=generator))
         check.step()

@@ -46,7 +46,9 @@ def test_never_stepped_shows_the_cautious_scale(variant: str, fused: bool) -> No
 def test_some_never_stepped(variant: str, fused: bool) -> None:
     """Local and Smoothed: initial_scale for those; Global: the one scale."""
     params = parameters()
-    optimizer = VARIANTS[variant](params, initial_scale=0.25, fused=fused, **LIVELY[variant])
+    # A rule without a rest: every step moves the scale.
+    options = {**LIVELY[variant], "initial_scale": 0.25, "reference": 0.3}
+    optimizer = VARIANTS[variant](params, fused=fused, **options)
     for step in range(3):
         set_gradients(params, step)
         params[1].grad = None

@@ -104,7 +104,8 @@ def test_state_is_counted_on_fewer_rows_as_on_all():
         8 * model.elements + 4 * 3
     )
     ours = state_bytes.state_bytes(state_bytes.OPTIMIZERS["AdamClaraLocal"], model, torch.float32)
-    assert 8.25 <= (ours - 4 * 4 * 128) / (2048 * 1024) < 8.26
+    # Moments and a sixteenth of a path; small tensors' whole paths; count, scale and walk of every tensor.
+    assert ours == 8.25 * 2048 * 1024 + 12 * 128 + 3 * 5 * 4
     for label in ("Prodigy", "Schedule-free AdamW"):
         pytest.importorskip("prodigyopt")
         pytest.importorskip("schedulefree")
@@ -209,6 +210,7 @@ print(of_many, pages(1))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_for_the_next_step():
     def pages(mode):
@@ -287,7 +289,7 @@ def test_step_time_runs_end_to_end(tmp_path, capsys):
     names = {BASELINE, "adam-loop", "local@pytorch", "local-whole@pytorch"}
     assert measured == {(dtype, name) for dtype in ("float32", "bfloat16") for name in names}
     assert {(row["optimizer"], row["where"]) for row in document["skipped"]} == {
-        ("apex", "small-148x64 float32"), ("apex", "small-148x64 bfloat16")
+        ("apex", "small-3x64 float32"), ("apex", "small-3x64 bfloat16")
     }  # fmt: skip
     assert all("CUDA" in row["reason"] for row in document["skipped"])
     for row in document["results"]:

@@ -6,10 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+
+import clara_fused
+from clara_fused.profiling import range_of
 
 pytest.importorskip("matplotlib", reason="the benchmarks' extra is not installed")
 pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
@@ -161,3 +165,24 @@ def test_the_profiled_program_says_why_it_does_not_run():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == NOTHING_MEASURED, result.stderr
     assert "no usable CUDA device" in result.stdout
+
+
+def test_the_steps_parts_have_names_in_pytorchs_profiler():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer = clara_fused.AdamClaraSmoothed(params, fused=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        optimizer.step()
+    named = {event.key for event in profiler.key_averages() if event.key.startswith("clara.")}
+    assert {f"clara.{verb} (2 tensors)" for verb in ("measure", "adapt", "update")} <= named
+
+
+def test_ranges_go_to_nvtx_once_cuda_is_in_use_and_nowhere_before(monkeypatch):
+    ranges = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: ranges.append(name) or nullcontext())
+    for initialized, expected in ((False, []), (True, ["clara.measure (3 tensors)"])):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
+        with range_of("measure", 3):
+            pass
+        assert ranges == expected

@@ -86,6 +86,7 @@ def test_only_missing_runs_are_made_and_a_cut_line_is_made_again(tmp_path: Path)
     assert runs.missing([done, cut, todo], runs.read_records(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """In processes of its own, as the program does."""
     planned = [short_run(lr=lr, steps=3) for lr in (1e-3, 1e-2)]
@@ -362,7 +363,8 @@ def test_the_best_single_configuration_is_near_the_best_on_most_tasks() -> None:
 
 @pytest.fixture(scope="module")
 def small_study() -> measures.Study:
-    made = [runs.perform(short_run("conv-digits", name, lr, steps=4)) for name in ("adam", "local") for lr in (1e-3, 1.0)]
+    pairs = [(name, lr) for name in ("adam", "local") for lr in (1e-3, 1.0)]
+    made = [runs.perform(short_run("conv-digits", name, lr, steps=4)) for name, lr in pairs]
     sampled = [record("words", f"local,path={text}", loss=loss) for text, loss in (("1", 1.0), ("1/16", 1.01))]
     return measures.Study([*made, *sampled, record("gpt-text-long", "adam")])
 
