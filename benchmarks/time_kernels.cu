@@ -168,7 +168,7 @@ void time_model(const char* name, const std::string& model, DType dtype, double 
   clara::cuda::write_table(records.data(), list.count, table.data());
   void* device_memory = allocate(offsets.bytes / 4 + 1, DType::kFloat32);
   check(cudaMemcpy(device_memory, table.data(), table.size(), cudaMemcpyHostToDevice));
-  auto* sums = static_cast<clara::PathSums*>(allocate(10 * list.count, DType::kFloat32));
+  auto* sums = static_cast<clara::PathSums*>(allocate(clara::kPathSums * 2 * list.count, DType::kFloat32));
   const clara::cuda::Placement where = {0, nullptr, device_memory};
 
   const float step = timed([&] { clara::cuda::step(list, where); }, scratch, scratch_bytes);

@@ -153,9 +153,6 @@ struct Sample {
   __device__ __forceinline__ bool in_vectors() const { return whole() || log_kept >= 2; }
 };
 
-// Of ElementSums.
-constexpr int kSums = 5;
-
 static_assert(kVector == 4, "log_kept >= 2 says that a vector lies within a run");
 static_assert(kPathChunk % 1024 == 0, "a chunk holds whole runs, whose longest are 1024");
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
 
   const ElementSums<float>* partial_sums = arguments.partial_sums + record.first_path_chunk;
   const int64_t path_chunks = (path_numel(record) + kPathChunk - 1) / kPathChunk;
-  double total[5] = {};
+  double total[kSums] = {};
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) {
     const ElementSums<float> part = partial_sums[i];

@@ -445,7 +445,7 @@ REGULAR: dict[str, Callable[[Trained], object]] = {
     ],
     "entries of the user's": lambda t: t.state.update(note="mine", slow=torch.ones(3, dtype=torch.int32)),
     "state in another order": lambda t: t.optimizer.state.update({t.param: dict(reversed(t.state.items()))}),
-    "a maximum without amsgrad": lambda t: t.state.update(max_exp_avg_sq=torch.ones(3)),
+    "a maximum without amsgrad": lambda t: t.state.update(max_exp_avg_sq=torch.ones(4, 6)),
 }
 
 
@@ -489,6 +489,8 @@ def test_float32_gradients_of_bfloat16_parameters_have_their_bucket() -> None:
     train(optimizer, 1)
     if not hasattr(params[0], "grad_dtype"):
         pytest.skip("needs Tensor.grad_dtype (torch 2.10)")
+    set_gradients(params, 1)
+    params[0].grad = None
     params[0].grad_dtype = torch.float32
     params[0].grad = torch.ones(3)
     from clara_fused.core import _core

@@ -84,7 +84,7 @@ FAULTS = {
         "address",
         "element_kernels.cuh",
         "if (with_param) e.param",
-        "e.param",
+        "if (with_param || true) e.param",
         "moves no byte twice",
         "FAILED moves no byte twice",
     ),
@@ -102,7 +102,7 @@ FAULTS = {
         "arguments.grad_scale, *record.lr_scale);\n  }\n  __syncthreads();",
         "arguments.grad_scale, *record.lr_scale);\n  }",
         "modes/float32-float32/local/plain",
-        "ThreadSanitizer: data race",
+        "ThreadSanitizer: ",  # a race, or an address that is not there yet
     ),
     "blocks that count without an atomic": Fault(
         "thread",

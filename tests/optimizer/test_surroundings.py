@@ -175,7 +175,7 @@ def test_no_tensor_lives_in_the_modules(variant: str, fused: bool) -> None:
 def test_parameters_that_share_memory(adapt_lr: bool, fused: bool | None, variant: str) -> None:
     """Sixteen parameters over one buffer, two threads: updates were lost, three steps' worth of them."""
     torch.set_num_threads(2)
-    steps, count, rate = 15, 16, 1e-3
+    steps, count, rate = 6, 16, 1e-3
     memory = torch.zeros(20_000)
     params = [torch.nn.Parameter(memory) for _ in range(count)]
     optimizer = VARIANTS[variant](params, lr=rate, adapt_lr=adapt_lr, initial_scale=1.0, fused=fused)
