@@ -73,9 +73,7 @@ class Evidence(NamedTuple):
     numel: Tensor  # n
 
 
-def advanced_walks(
-    walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor
-) -> Tensor:
+def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
     """The walks after a step with these sums; as they were where a sum is not finite or nothing has moved.
 
     Args:
