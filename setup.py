@@ -1,408 +1,246 @@
-"""Builds clara_fused._core, the compiled core, with ninja: as much of it as this machine can.
+"""Builds the compiled core (csrc/) with ninja: the most that this machine can build and use, or what is asked for.
 
-CLARA_BUILD         python: no core; cpu: the CPU kernels; cuda: those and the CUDA kernels. What is asked for and
-                    cannot be built is an error. Not set: the most that can be built.
-CLARA_CUDA_ARCHS    CUDA architectures, such as "90" or "80;90". Not set: all supported ones that nvcc knows, and PTX
-                    of the newest for those to come.
-CUDA_HOME           the CUDA toolkit. Not set: the one of the nvcc on the path.
-CXX                 the C++ compiler; default g++ or c++.
+CLARA_BUILD       python: no core; cpu: the CPU kernels; cuda: those and the CUDA kernels. It is an error if what is
+                  asked for cannot be built.
+CLARA_CUDA_ARCHS  native: for the GPUs of this machine; all: for every GPU served, as in wheels; or a list such as
+                  "80;90". Not set: native. Where there is no GPU, all with CLARA_BUILD=cuda, else the CPU core alone.
+CUDA_HOME         the CUDA toolkit. Not set: the one of the nvcc on the path.
+CXX               the C++ compiler. Not set: the first of g++, c++ and clang++ that works.
+NINJAFLAGS        goes to ninja, such as -j1 where memory is short.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
 
-from setuptools import Command, Extension, setup
-from setuptools.command.build import build
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
-KINDS = ("python", "cpu", "cuda")
-CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+DECLARATION = next(ROOT.glob("clara_fused/**/_core.pyi"))  # the module goes beside it
+
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")  # what CLARA_CUDA_ARCHS=all stands for, where nvcc knows it
 MIN_CUDA = (12, 4)
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-DNDEBUG"]
+CXX_FLAGS += ["-DCLARA_CPU_X86_KERNELS"] if IS_X86 else []
 # errno and floating-point traps are observed by nobody here, and forbid vector square roots and selections.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# One translation unit of csrc/cpu/kernels.cpp per instruction set, chosen from at run time.
-X86_INSTRUCTION_SETS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
-}
+# csrc/cpu/kernels.cpp is compiled once for each of these; the core chooses at run time.
+INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
+if IS_X86:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq"))]
 
 
 class CannotBuild(Exception):
     """A reason, in one sentence for the user, why a part of the core cannot be built here."""
 
 
-# --- tools -----------------------------------------------------------------------------------------------------------
+# --- what this machine has -------------------------------------------------------------------------------------------
 
 
-def find_ninja() -> list[str]:
-    try:
-        import ninja
-    except ImportError:
-        found = shutil.which("ninja")
-        if found is None:
-            raise CannotBuild("ninja is missing: pip install ninja") from None
-        return [found]
-    return [str(Path(ninja.BIN_DIR) / "ninja")]
-
-
-def pybind11_headers() -> str:
-    try:
-        import pybind11
-    except ImportError:
-        raise CannotBuild("pybind11 is missing: pip install pybind11") from None
-    return pybind11.get_include()
+def check_build_tools() -> None:
+    for tool in ("ninja", "pybind11"):
+        if importlib.util.find_spec(tool) is None:
+            raise CannotBuild(f"{tool} is missing: pip install {tool}")
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler, tried on a small program."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for candidate in candidates:
-        command = shlex.split(candidate)
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "probe.cpp")
-            source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>().size()); }\n")
-            try:
-                program = [*command, "-std=c++17", str(source), "-o", f"{source}.out"]
-                subprocess.run(program, check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError):
-                continue
+    for command in map(shlex.split, candidates):
+        try:
+            check = [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+            subprocess.run(check, input=b"#include <vector>\n", capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
         return command
     raise CannotBuild(f"no C++17 compiler works (tried {', '.join(candidates)}): install g++, or set CXX")
 
 
-@dataclass(frozen=True)
-class CudaToolkit:
-    """A CUDA toolkit, and the architectures to compile for."""
+@dataclass
+class Cuda:
+    """A CUDA toolkit. nvcc may be a wrapper that lies elsewhere; as it knows its libraries, it links as well."""
 
-    nvcc: Path
-    home: Path
-    version: tuple[int, int]
-    archs: tuple[str, ...]
-
-    def libraries(self) -> list[Path]:
-        return [path for path in (self.home / "lib64", self.home / "lib") if path.is_dir()]
-
-    def code_flags(self) -> list[str]:
-        newest = max(self.archs, key=lambda arch: int(re.sub(r"\D", "", arch)))
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
-        return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    nvcc: str
+    version: str
+    archs: list[str]
 
 
-def toolkit_home(nvcc: str) -> Path:
-    """Ask nvcc where its toolkit lies: the program on the path may be a wrapper or a link."""
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def find_cuda(compiler: str, required: bool) -> Cuda:
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        where = f"in CUDA_HOME={home}" if home else "on the path"
+        raise CannotBuild(f"no nvcc {where}: install the CUDA toolkit (12.4 or newer), or set CUDA_HOME")
+    release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    if release is None:
+        raise CannotBuild(f"{nvcc} --version does not name a release: set CUDA_HOME")
+    version = ".".join(release.groups())
+    if tuple(map(int, release.groups())) < MIN_CUDA:
+        raise CannotBuild(f"{nvcc} is of CUDA {version}, which is too old: 12.4 or newer is needed")
+    return Cuda(nvcc, version, find_archs(nvcc, gpus_of_this_machine(nvcc, compiler), required))
+
+
+def gpus_of_this_machine(nvcc: str, compiler: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        answer = subprocess.run([nvcc, "--dryrun", "probe.cu"], cwd=folder, capture_output=True, text=True)
-    match = re.search(r"^#\$ TOP=(.*)$", answer.stderr + answer.stdout, re.MULTILINE)
-    if match is None:
-        raise CannotBuild(f"{nvcc} does not say where its toolkit lies: set CUDA_HOME")
-    return Path(match.group(1).strip()).resolve()
+        program = Path(folder, "probe")
+        answer = output_of(nvcc, "-std=c++17", "-ccbin", compiler, str(SOURCES / "probe.cu"), "-o", str(program))
+        if not program.is_file():
+            message = next((line for line in answer.splitlines() if "error" in line), "no message")
+            raise CannotBuild(f"{nvcc} with {compiler} cannot compile a small program: {message.strip()}")
+        return re.findall(r"sm_(\d+)", output_of(str(program)))
 
 
-def find_cuda() -> CudaToolkit:
-    if os.environ.get("CUDA_HOME"):
-        home = Path(os.environ["CUDA_HOME"])
-        nvcc = home / "bin" / "nvcc"
-        if not nvcc.is_file():
-            raise CannotBuild(f"there is no bin/nvcc in CUDA_HOME={home}")
+def find_archs(nvcc: str, gpus: list[str], required: bool) -> list[str]:
+    known = sorted(re.findall(r"compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE), key=int)
+    wanted = os.environ.get("CLARA_CUDA_ARCHS") or ("all" if required and not gpus else "native")
+    if wanted == "native" and not gpus:
+        raise CannotBuild("no GPU answers here; CLARA_CUDA_ARCHS=all compiles for those of other machines")
+    if wanted == "native":  # a GPU newer than the toolkit runs what its driver makes of the newest code
+        archs = {gpu if gpu in known else known[-1] for gpu in gpus}
+    elif wanted == "all":
+        archs = set(CUDA_ARCHS).intersection(known)
     else:
-        on_path = shutil.which("nvcc")
-        if on_path is None:
-            raise CannotBuild("no nvcc on the path: install the CUDA toolkit (12.4 or newer), or set CUDA_HOME")
-        home = toolkit_home(on_path)
-        nvcc = Path(on_path)
-    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release (\d+)\.(\d+)", text)
-    if match is None:
-        raise CannotBuild(f"{nvcc} --version does not name a release: {text.strip()[:200]!r}")
-    version = (int(match.group(1)), int(match.group(2)))
-    if version < MIN_CUDA:
-        raise CannotBuild(f"CUDA {version[0]}.{version[1]} at {home} is too old: 12.4 or newer is needed")
-    return CudaToolkit(nvcc, home, version, cuda_archs(nvcc))
+        archs = set(re.split(r"[;,\s]+", wanted.replace(".", "").strip()))
+    if unknown := archs.difference(known):
+        problem = f"{nvcc} does not know {', '.join(sorted(unknown))}; it knows {', '.join(known)}"
+        raise CannotBuild(f"CLARA_CUDA_ARCHS={wanted}: {problem}")
+    return sorted(archs, key=int)
 
 
-# What the kernels need of a toolkit; installations from packages can lack any of it.
-CUDA_PROBE = """
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <nvtx3/nvToolsExt.h>
-int main() { return cudaSetDevice(0); }
-"""
-
-
-def try_nvcc(cuda: CudaToolkit, compiler: list[str]) -> None:
-    """Compile and link a small program: an nvcc that is there may still not work with the C++ compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cu")
-        source.write_text(CUDA_PROBE)
-        command = [str(cuda.nvcc), "-std=c++17", "-cudart", "static", "-ccbin", compiler[0], str(source)]
-        command += [f"-L{path}" for path in cuda.libraries()]
-        done = subprocess.run([*command, "-o", f"{source}.out"], capture_output=True, text=True)
-    if done.returncode != 0:
-        message = next((line for line in (done.stderr + done.stdout).splitlines() if "error" in line), "no message")
-        raise CannotBuild(f"{cuda.nvcc} with {compiler[0]} cannot compile a small program: {message.strip()}")
-
-
-def cuda_archs(nvcc: Path) -> tuple[str, ...]:
-    text = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"compute_(\w+)", text))
-    wanted = os.environ.get("CLARA_CUDA_ARCHS")
-    if not wanted:
-        return tuple(arch for arch in CUDA_ARCHS if arch in known)
-    archs = tuple(arch.replace(".", "") for arch in re.split(r"[;,\s]+", wanted.strip()))
-    unknown = [arch for arch in archs if arch not in known]
-    if unknown:
-        raise CannotBuild(
-            f"CLARA_CUDA_ARCHS={wanted}: {nvcc} does not know {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
-        )
-    return archs
-
-
-# --- plan ------------------------------------------------------------------------------------------------------------
+# --- what is built ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Plan:
-    """What is built, and why not more."""
-
-    kind: str
+    kind: str  # "python", "cpu" or "cuda"
+    why_not_more: str
     compiler: list[str] = field(default_factory=list)
-    ninja: list[str] = field(default_factory=list)
-    pybind11: str = ""  # its headers
-    cuda: CudaToolkit | None = None
-    reason: str = ""
+    cuda: Cuda | None = None
 
     def __str__(self) -> str:
         if self.kind == "python":
-            return f"pure Python, without the compiled core ({self.reason})"
+            return f"pure Python, without the compiled core ({self.why_not_more})"
         if self.cuda is None:
-            return f"the compiled core for the CPU, not for CUDA ({self.reason})"
-        version = ".".join(map(str, self.cuda.version))
-        return f"the compiled core for the CPU and for CUDA {version} (sm_{', sm_'.join(self.cuda.archs)} and PTX)"
-
-
-def package_names(file: str) -> dict[str, Any]:
-    """What a file of the package defines. To import the package would take torch."""
-    return runpy.run_path(str(ROOT / "clara_fused" / file))
-
-
-def cuda_sources() -> list[Path]:
-    return sorted((SOURCES / "cuda").glob("*.cu"))
+            return f"the compiled core for the CPU, not for CUDA ({self.why_not_more})"
+        return f"the compiled core for the CPU and CUDA {self.cuda.version} (sm_{', sm_'.join(self.cuda.archs)})"
 
 
 def make_plan() -> Plan:
-    wanted = os.environ.get("CLARA_BUILD") or None
-    if wanted is not None and wanted not in KINDS:
-        raise SystemExit(f"CLARA_BUILD={wanted}: expected one of {', '.join(KINDS)}")
-    if wanted == "python":
-        return Plan("python", reason="CLARA_BUILD=python")
+    wanted = os.environ.get("CLARA_BUILD", "")
+    if wanted not in ("", "python", "cpu", "cuda"):
+        raise SystemExit(f"CLARA_BUILD={wanted}: expected one of python, cpu, cuda")
+    plan = Plan("python", f"CLARA_BUILD={wanted}")
     try:
-        plan = Plan("cpu", find_compiler(), find_ninja(), pybind11_headers())
-    except CannotBuild as error:
-        if wanted is not None:
-            raise SystemExit(f"CLARA_BUILD={wanted}: {error}") from None
-        return Plan("python", reason=str(error))
-    if wanted == "cpu":
-        plan.reason = "CLARA_BUILD=cpu"
-        return plan
-    try:
-        if not cuda_sources():
-            raise CannotBuild("this source tree has no CUDA kernels")
-        cuda = find_cuda()
-        try_nvcc(cuda, plan.compiler)
-        plan.cuda, plan.kind = cuda, "cuda"
-    except CannotBuild as error:
-        if wanted == "cuda":
-            raise SystemExit(f"CLARA_BUILD=cuda: {error}") from None
-        plan.reason = str(error)
+        if wanted != "python":
+            check_build_tools()
+            plan.compiler, plan.kind = find_compiler(), "cpu"
+        if wanted in ("", "cuda"):
+            plan.cuda, plan.kind = find_cuda(plan.compiler[0], required=wanted == "cuda"), "cuda"
+    except CannotBuild as reason:
+        if wanted:
+            raise SystemExit(f"CLARA_BUILD={wanted}: {reason}") from None
+        plan.why_not_more = str(reason)
     return plan
 
 
-# --- ninja -----------------------------------------------------------------------------------------------------------
+def compilations(plan: Plan, version: str) -> Iterator[tuple[str, Path, list[str]]]:
+    """For every object its name, its source and the command that compiles it."""
+    import pybind11
+
+    cxx, cuda = [*plan.compiler, *CXX_FLAGS], plan.cuda or Cuda("", "", [])
+    facts = {"VERSION": version, "CUDA_TOOLKIT": cuda.version, "CUDA_ARCHITECTURES": ";".join(cuda.archs)}
+    facts["WHY_NOT_MORE"] = "" if plan.cuda else plan.why_not_more
+    facts["INTERFACE"] = sha256(DECLARATION.read_bytes()).hexdigest()[:16]  # compared in _interface.py
+    built = [f"-DCLARA_{name}={json.dumps(fact)}" for name, fact in facts.items()]  # quoted as in C
+    python = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
+    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("python/*.cpp")]):
+        yield source.stem, source, cxx + built + python
+    for source in sorted(SOURCES.glob("cpu/*.cpp")):
+        if source.stem != "kernels":
+            yield source.stem, source, cxx
+            continue
+        for name, flags in INSTRUCTION_SETS.items():
+            yield f"kernels_{name}", source, [*cxx, *KERNEL_FLAGS, f"-DCLARA_CPU_ISA={name}", *flags]
+    nvcc = [cuda.nvcc, "-ccbin", plan.compiler[0], *built, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC"]
+    nvcc += ["--threads=2", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs)]
+    nvcc += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in cuda.archs[-1:]]  # for GPUs to come
+    for source in sorted(SOURCES.glob("cuda/*.cu" if plan.cuda else "cuda/*.cpp")):
+        yield f"cuda_{source.stem}", source, nvcc if plan.cuda else cxx
 
 
-class NinjaFile:
-    """build.ninja for the core. Paths in it are escaped, so that they may hold spaces."""
+def link_command(plan: Plan, exports: Path) -> list[str]:
+    """Lets nothing but Python's entry point out of the module, as torch brings a C++ runtime of its own.
 
-    def __init__(self, plan: Plan, target: Path, build_dir: Path) -> None:
-        self.plan = plan
-        self.target = target
-        self.build_dir = build_dir
-        self.objects: list[str] = []
-        self.lines: list[str] = []
-        self._write()
+    On Linux ours comes along, so that a wheel does not depend on the one of the machine it lands on; but only what is
+    used of it: other parts ask for a newer glibc. So would libgcc, and torch needs it anyway.
+    """
+    if sys.platform == "darwin":
+        return [*plan.compiler, "-shared", "-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__core"]
+    exports.write_text("{ global: PyInit__core; local: *; };\n")
+    linker = f"--gc-sections,--version-script={exports},--as-needed"
+    if plan.cuda is None:
+        return [*plan.compiler, "-shared", "-static-libstdc++", f"-Wl,{linker}"]
+    host = ["-ccbin", plan.compiler[0], "-Xcompiler=-static-libstdc++", f"-Xlinker={linker}"]
+    return [plan.cuda.nvcc, "-shared", "-cudart=static", *host]
 
-    def text(self) -> str:
-        return "\n".join(self.lines) + "\n"
 
-    @staticmethod
-    def _path(path: Path | str) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    @staticmethod
-    def _flags(flags: list[str]) -> str:
-        return " ".join(shlex.quote(flag).replace("$", "$$") for flag in flags)
-
-    def _write(self) -> None:
-        plan = self.plan
-        compiler = self._flags(plan.compiler)
-        self.lines += [
-            "ninja_required_version = 1.5",
-            "rule cxx",
-            f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compiling $out",
-        ]
-        python_headers = ["-isystem", sysconfig.get_paths()["include"], "-isystem", plan.pybind11]
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        defines = ["-DCLARA_CPU_X86_KERNELS"] if x86 else []
-        if plan.cuda:
-            version = ".".join(map(str, plan.cuda.version))
-            defines += [
-                "-DCLARA_WITH_CUDA",
-                f'-DCLARA_CUDA_TOOLKIT="{version}"',
-                f'-DCLARA_CUDA_ARCHITECTURES="{";".join(plan.cuda.archs)}"',
-            ]
-        identity = [
-            f'-DCLARA_VERSION="{package_names("_version.py")["__version__"]}"',
-            f'-DCLARA_INTERFACE="{package_names("_interface.py")["interface_stamp"]()}"',
-        ]
-        self._compile("bindings", SOURCES / "bindings.cpp", [*CXX_FLAGS, *defines, *identity, *python_headers])
-        self._compile("tensor_watch", SOURCES / "python" / "tensor_watch.cpp", [*CXX_FLAGS, *defines, *python_headers])
-        for name in ("cpu_backend", "dispatch", "team", "workspace"):
-            self._compile(name, SOURCES / "cpu" / f"{name}.cpp", [*CXX_FLAGS, *defines])
-        for name, flags in (X86_INSTRUCTION_SETS if x86 else {"baseline": []}).items():
-            kernel_flags = [*CXX_FLAGS, *KERNEL_FLAGS, *defines, f"-DCLARA_CPU_ISA={name}", *flags]
-            self._compile(f"kernels_{name}", SOURCES / "cpu" / "kernels.cpp", kernel_flags)
-        if plan.cuda:
-            self._compile_cuda(plan.cuda)
-        self._link()
-
-    def _compile(self, name: str, source: Path, flags: list[str], rule: str = "cxx") -> None:
-        self.objects.append(f"{name}.o")
-        self.lines += [f"build {name}.o: {rule} {self._path(source)}", f"  flags = {self._flags(flags)}"]
-
-    def _compile_cuda(self, cuda: CudaToolkit) -> None:
-        self.lines += [
-            "rule nvcc",
-            f"  command = {self._flags([str(cuda.nvcc)])} -MD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compiling $out",
-        ]
-        host_flags = ",".join(flag for flag in CXX_FLAGS if flag.startswith("-f"))
-        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-cudart", "static", "-ccbin", self.plan.compiler[0]]
-        flags += [f"-Xcompiler={host_flags}", "--threads=2", *cuda.code_flags()]
-        for source in cuda_sources():
-            self._compile(f"cuda_{source.stem}", source, flags, "nvcc")
-
-    def _link(self) -> None:
-        flags = ["-shared"]
-        if sys.platform == "darwin":
-            flags += ["-undefined", "dynamic_lookup"]
-        else:
-            # The C++ runtime comes along, so that a wheel does not depend on the one of the machine it lands on; but
-            # only what is used of it: other parts ask for a newer glibc. So would libgcc, and torch needs it anyway.
-            # Nothing but Python's entry point leaves the module: torch brings a C++ runtime of its own.
-            exports = self.build_dir / "exports.map"
-            exports.write_text("{ global: PyInit__core; local: *; };\n")
-            flags += ["-static-libstdc++", "-Wl,--gc-sections", f"-Wl,--version-script={exports}", "-Wl,--as-needed"]
-        libraries: list[str] = []
-        if self.plan.cuda:
-            libraries += [f"-L{path}" for path in self.plan.cuda.libraries()] + ["-lcudart_static", "-lrt"]
-        if sys.platform != "darwin":
-            libraries += ["-ldl", "-lpthread"]
-        self.lines += [
-            "rule link",
-            f"  command = {self._flags(self.plan.compiler)} $flags $in -o $out $libraries",
-            "  description = linking $out",
-            f"build {self._path(self.target)}: link {' '.join(self.objects)}",
-            f"  flags = {self._flags(flags)}",
-            f"  libraries = {self._flags(libraries)}",
-            f"default {self._path(self.target)}",
-        ]
+def ninja_file(plan: Plan, version: str, target: Path, folder: Path) -> str:
+    escapes = str.maketrans({"$": "$$", " ": "$ ", ":": "$:"})
+    lines = ["rule compile", "  command = $run -MMD -MF $out.d -c $in -o $out", "  description = compiling $out"]
+    lines += ["  depfile = $out.d", "  deps = gcc"]
+    lines += ["rule link", "  command = $run $in -o $out -ldl -lpthread", "  description = linking $out"]
+    objects = []
+    for name, source, command in compilations(plan, version):
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: compile {str(source).translate(escapes)}")
+        lines.append(f"  run = {shlex.join(command).replace('$', '$$')}")
+    lines.append(f"build {str(target).translate(escapes)}: link {' '.join(objects)}")
+    lines.append(f"  run = {shlex.join(link_command(plan, folder / 'exports.map')).replace('$', '$$')}")
+    return "\n".join(lines) + "\n"
 
 
 class BuildCore(build_ext):
     """Hands the one extension to ninja, which recompiles only what has changed."""
 
-    def object_folder(self) -> Path:
-        """Where objects are kept from build to build. For an editable install setuptools would throw them away."""
-        if self.editable_mode:
-            return ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}" / PLAN.kind
-        return Path(self.build_temp).resolve() / PLAN.kind
-
     def build_extension(self, ext: Extension) -> None:
+        plan = make_plan()
+        print(f"clara_fused: building {plan}", file=sys.stderr, flush=True)
+        if plan.kind == "python":
+            # The core of an earlier build, beside the sources, would go on being used.
+            DECLARATION.with_name(f"_core{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+            return
+        # Not setuptools' own folder, which does not outlive an editable install.
+        folder = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}" / plan.kind
+        folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = self.object_folder()
-        build_dir.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = NinjaFile(PLAN, target, build_dir).text()
-        file = build_dir / "build.ninja"
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
-        if subprocess.run([*PLAN.ninja, "-C", str(build_dir)], stdout=sys.stderr).returncode != 0:
-            raise SystemExit(
-                "compiling the core failed; see the compiler's message above. "
-                "CLARA_BUILD=python installs clara_fused without it."
-            )
+        (folder / "build.ninja").write_text(ninja_file(plan, self.distribution.get_version(), target, folder))
+        ninja = [sys.executable, "-m", "ninja", *os.environ.get("NINJAFLAGS", "").split(), "-C", str(folder)]
+        if subprocess.run(ninja, stdout=sys.stderr).returncode != 0:
+            raise SystemExit("The core was not compiled, as said above. CLARA_BUILD=python installs without it.")
 
 
-class FinishBuild(Command):
-    """Says what was built, with a core or without one."""
-
-    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
-    editable_mode = False
-
-    def initialize_options(self) -> None:
-        pass
-
-    def finalize_options(self) -> None:
-        pass
-
-    def run(self) -> None:
-        if PLAN.kind == "python" and self.editable_mode:
-            # The core of an earlier build would go on being used.
-            (ROOT / self.get_finalized_command("build_ext").get_ext_filename(CORE)).unlink(missing_ok=True)
-        print(f"clara_fused: built {PLAN}", file=sys.stderr, flush=True)
-
-    # setuptools asks every step of a build.
-    def get_source_files(self) -> list[str]:
-        return []
-
-    def get_outputs(self) -> list[str]:
-        return []
-
-    def get_output_mapping(self) -> dict[str, str]:
-        return {}
-
-
-class Build(build):
-    sub_commands: ClassVar = [*build.sub_commands, ("finish_build", None)]
-
-
-CORE = "clara_fused._core"
-PLAN = make_plan()
-setup(
-    ext_modules=[] if PLAN.kind == "python" else [Extension(CORE, [])],
-    cmdclass={"build": Build, "build_ext": BuildCore, "finish_build": FinishBuild},
-)
+CORE = Extension(".".join(DECLARATION.relative_to(ROOT).with_suffix("").parts), [], optional=True)
+setup(ext_modules=[CORE], cmdclass={"build_ext": BuildCore})

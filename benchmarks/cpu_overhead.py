@@ -4,166 +4,129 @@
     python benchmarks/cpu_overhead.py
     python benchmarks/cpu_overhead.py --tensors 100 1000 --optimizers adam-fused smoothed
 
-The tensors have 64 elements, so that next to nothing but the cost per step and per tensor is left. On a GPU the call is
-timed, not the device's work; optimizers that wait for the device in a step are charged for it. Writes
-cpu_overhead-<device>.json and its plot.
+The tensors have 64 elements, so that next to nothing but the cost per step and per tensor is left. Measured twice: with
+gradients in all tensors, and with gradients that come and go, at every step in another random half of them. On a GPU
+the call is timed, not the device's work. Writes cpu_overhead-<device>.json and its plot.
 """
 
 from __future__ import annotations
 
-import argparse
+import random
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from harness import plots
-from harness.clocks import CpuClock, Step
-from harness.contenders import BASELINE, CONTENDERS, Unavailable
-from harness.environment import OtherWork
-from harness.memory import keep_freed_memory
+from harness.clocks import Step
+from harness.contenders import BASELINE
 from harness.models import small_tensors
-from harness.report import (
-    NOTHING_MEASURED,
-    benchmark_parser,
-    console,
-    duration,
-    table,
-    usable_device,
-    write_json,
-)
-from harness.statistics import all_seconds, measure_interleaved, ratios, summarize
+from harness.report import Row, Session, benchmark_parser, console, duration, style_of, table
+from harness.statistics import measure_interleaved
 
 DEFAULT_TENSORS = (10, 30, 100, 300, 1000, 3000)
 DEFAULT_OPTIMIZERS = (
-    "adam-fused", "adam-foreach", "adam-loop", "apex", "transformer-engine", "bitsandbytes", "published",
-    "global", "local", "smoothed", "smoothed-deferred", "smoothed@pytorch",
+    "adam-fused", "adam-foreach", "adam-loop", "apex", "transformer-engine", "bitsandbytes",
+    "global", "local", "smoothed", "local@pytorch",
 )  # fmt: skip
-WARM_UP_STEPS = 3
 
 
 class HostClock:
-    """Time until `step` returns. The device is idle before each step, so that a full queue never blocks the host."""
+    """Time until `step` returns, its `before` not counted. The device is idle before each step, so that a full queue
+    never blocks the host."""
 
     min_sample_seconds = 0.01
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, before: Step) -> None:
+        self._device, self._before = device, before
 
     def seconds_per_step(self, step: Step, steps: int) -> float:
         seconds = 0.0
         for _ in range(steps):
+            self._before()
             self.synchronize()
             started = time.perf_counter()
             step()
             seconds += time.perf_counter() - started
-        self.synchronize()
         return seconds / steps
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class Gradients:
+    """Call it before a step: gradients in all parameters, or in a random half of them, another half each time."""
+
+    def __init__(self, params: Sequence[Tensor], changing: bool) -> None:
+        self._pairs = [(param, param.grad) for param in params]
+        self._changing, self._random = changing, random.Random(0)
+
+    def __call__(self) -> None:
+        if self._changing:
+            chosen = set(self._random.sample(range(len(self._pairs)), len(self._pairs) // 2))
+            for index, (param, grad) in enumerate(self._pairs):
+                param.grad = grad if index in chosen else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
-    device = usable_device(args)
-    other_work = OtherWork()
-    settings = {"seconds": args.seconds, "baseline": BASELINE, "keeps_freed_memory": keep_freed_memory()}
-    names = list(dict.fromkeys([BASELINE, *args.optimizers]))
-    results: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
+    parser = benchmark_parser(__doc__, DEFAULT_OPTIMIZERS, seconds=4.0, per="number of tensors")
+    parser.add_argument("--tensors", nargs="+", type=int, default=list(DEFAULT_TENSORS), metavar="COUNT")
+    args = parser.parse_args(arguments)
+    session = Session("cpu_overhead", args)
     with Progress(console=console, transient=True) as progress:
         for count in progress.track(args.tensors, description="tensors"):
-            results += measure(count, names, device, args.seconds, skipped)
-    if not results:
-        console.print("nothing could be measured")
-        return NOTHING_MEASURED
-    print_results(results, args.tensors)
-    for name, reason in skipped.items():
-        console.print(f"not measured: {CONTENDERS[name].label}: {reason}")
-    costs = linear_costs(results)
-    path = args.out / f"cpu_overhead-{device.type}.json"
-    write_json(
-        path, "cpu_overhead", device, settings, other_work.share(),
-        results=results, costs=costs, skipped=[{"optimizer": n, "reason": r} for n, r in skipped.items()],
-    )  # fmt: skip
-    if not args.no_plots:
-        console.print(f"plot: {plots.plot_cpu_overhead(path, args.out)}")
-    return 0
+            for gradients in ("all", "changing"):
+                measure(session, count, gradients)
+    for gradients in ("all", "changing"):
+        print_results([row for row in session.results if row["gradients"] == gradients], args.tensors, gradients)
+    return session.finish(plots.plot_cpu_overhead, costs=linear_costs(session.results))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(__doc__, DEFAULT_OPTIMIZERS, seconds=5.0, seconds_per="number of tensors")
-    parser.add_argument("--tensors", nargs="+", type=int, default=list(DEFAULT_TENSORS), metavar="COUNT")
-    return parser
+def measure(session: Session, count: int, gradients: str) -> None:
+    params = small_tensors(count).parameters(torch.float32, session.device)
+    before = Gradients(params, gradients == "changing")
+    # Every optimizer creates all its state in the warm-up, where all tensors have gradients.
+    steps = session.warmed(session.names, lambda contender: contender.build(params).step, f"{count} tensors")
+    if steps:
+        clock = HostClock(session.device, before)
+        samples = measure_interleaved(steps, clock, BASELINE, max_seconds=session.args.seconds / 2)
+        stepped = count if gradients == "all" else count // 2
+        for name in steps:
+            session.record(samples, name, {"tensors": count, "stepped": stepped, "gradients": gradients})
 
 
-def measure(
-    count: int, names: Sequence[str], device: torch.device, seconds: float, skipped: dict[str, str]
-) -> list[dict[str, Any]]:
-    params = small_tensors(count).parameters(torch.float32, device)
-    clock = HostClock(device) if device.type == "cuda" else CpuClock()
-    steps: dict[str, Step] = {}
-    for name in names:
-        try:
-            step = CONTENDERS[name].step_of(CONTENDERS[name].build(params))
-            for _ in range(WARM_UP_STEPS):
-                step()
-        except (Unavailable, RuntimeError, NotImplementedError) as error:
-            skipped[name] = str(error).splitlines()[0]
-            continue
-        steps[name] = step
-    if BASELINE not in steps:
-        return []
-    samples = measure_interleaved(steps, clock, BASELINE, max_seconds=seconds)
-    return [
-        {
-            "tensors": count,
-            "optimizer": name,
-            "label": CONTENDERS[name].label,
-            "seconds": summarize(all_seconds(samples, name)).as_json(),
-            "ratio": summarize(ratios(samples, name, BASELINE)).as_json(),
-        }
-        for name in steps
-    ]
-
-
-def linear_costs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cost per step and per tensor of every optimizer: a line through its medians, fitted to their relative errors."""
+def linear_costs(results: Sequence[Row]) -> list[Row]:
+    """Cost per step and per tensor stepped: a line through an optimizer's medians, fitted to their relative errors."""
     costs = []
-    for name in dict.fromkeys(row["optimizer"] for row in results):
-        rows = [row for row in results if row["optimizer"] == name]
+    for gradients, name in dict.fromkeys((row["gradients"], row["optimizer"]) for row in results):
+        rows = [row for row in results if (row["gradients"], row["optimizer"]) == (gradients, name)]
         if len(rows) < 2:
             continue
         seconds = np.array([row["seconds"]["median"] for row in rows])
-        counts = np.array([row["tensors"] for row in rows], dtype=np.float64)
+        counts = np.array([row["stepped"] for row in rows], dtype=np.float64)
         weighted = np.stack([np.ones_like(counts), counts], axis=1) / seconds[:, None]
         (per_step, per_tensor), *_ = np.linalg.lstsq(weighted, np.ones_like(seconds), rcond=None)
-        costs.append(
-            {
-                "optimizer": name,
-                "label": rows[0]["label"],
-                "seconds_per_step": float(f"{max(per_step, 0.0):.4g}"),
-                "seconds_per_tensor": float(f"{per_tensor:.4g}"),
-            }
-        )
+        costs.append({
+            "gradients": gradients, "optimizer": name, "label": rows[0]["label"],
+            "seconds_per_step": float(f"{max(per_step, 0.0):.4g}"), "seconds_per_tensor": float(f"{per_tensor:.4g}"),
+        })  # fmt: skip
     return costs
 
 
-def print_results(results: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
-    made = table("Host time per step by number of tensors", "optimizer", *map(str, counts), "per tensor")
-    for cost in linear_costs(results) or [{"optimizer": row["optimizer"], "label": row["label"]} for row in results]:
-        rows = {row["tensors"]: row for row in results if row["optimizer"] == cost["optimizer"]}
-        cells = [
-            f"{duration(row['seconds']['median'])} ({row['ratio']['median']:.2f}×)" if row else ""
-            for row in map(rows.get, counts)
-        ]
-        per_tensor = duration(cost["seconds_per_tensor"]) if "seconds_per_tensor" in cost else ""
-        style = "bold" if CONTENDERS[cost["optimizer"]].runs_core else None
-        made.add_row(cost["label"], *cells, per_tensor, style=style)
+def print_results(results: Sequence[Row], counts: Sequence[int], gradients: str) -> None:
+    what = "gradients in all tensors" if gradients == "all" else "gradients in another random half at every step"
+    made = table(f"Host time per step by number of tensors, {what}", "optimizer", *map(str, counts), "per tensor")
+    costs = {cost["optimizer"]: duration(cost["seconds_per_tensor"]) for cost in linear_costs(results)}
+    for name in dict.fromkeys(row["optimizer"] for row in results):
+        rows = {row["tensors"]: row for row in results if row["optimizer"] == name}
+        cells = [f"{duration(r['seconds']['median'])} ({r['ratio']['median']:.2f}×)" if (r := rows.get(count)) else ""
+                 for count in counts]  # fmt: skip
+        first = next(iter(rows.values()))
+        made.add_row(first["label"], *cells, costs.get(name, ""), style=style_of(first))
     console.print(made)
 
 

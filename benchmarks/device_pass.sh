@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Run on a GPU machine everything that needs one: build, tests, sanitizer, benchmarks, profiles.
-#   benchmarks/device_pass.sh [--out DIR] [--seconds N] [PART ...]
-# Parts: build tests sanitizer step-time graph overhead end-to-end nsys ncu; all of them by default. Each ends within ten
-# minutes. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files, device-pass.json with how each
-# part ended, and device-pass-PART.log; a table comes last. With --seconds all of it ends in that time, on a machine
-# lent for so long; the parts that find none left are not run. Outside a git checkout CLARA_COMMIT tells the commit.
+# Run on a GPU machine everything that needs one: build, tests, sanitizer, benchmarks, profiles, a training run.
+#   benchmarks/device_pass.sh [--out DIR] [--seconds N] [--train-seconds N] [--archive] [PART ...]
+# Parts: build tests sanitizer tune step-time graph overhead end-to-end nsys ncu train; all but tune, end-to-end and nsys by
+# default, which takes about nine minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time;
+# whatever is timed has the machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks'
+# files, device-pass.json with how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it
+# ends in that time, on a machine lent for so long; the parts that find none left are not run. --archive leaves one
+# device-pass.tar.gz in place of logs and profiles. Outside a git checkout CLARA_COMMIT tells the commit.
 # Exit codes: 0 every part passed or lacked its profiler, 1 a part failed or found no time, 2 bad arguments, 3 no usable
 # CUDA device.
 set -uo pipefail
@@ -13,21 +15,27 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$here")
 python=$repository/.venv/bin/python
 [ -x "$python" ] || python=python3
-all_parts=(build tests sanitizer step-time graph overhead end-to-end nsys ncu)
+all_parts=(build tests sanitizer tune step-time graph overhead end-to-end nsys ncu train)
+default_parts=(build tests sanitizer step-time graph overhead ncu train)
 out=$here/results
 part_seconds=600
+train_seconds=200
 deadline=
+archive=
 parts=()
+number() {
+    if ! [[ ${2:-} =~ ^[1-9][0-9]*$ ]]; then
+        echo "$1 takes a whole number" >&2
+        exit 2
+    fi
+}
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=${2:?--out takes a folder}; shift 2 ;;
-        --seconds)
-            if ! [[ ${2:-} =~ ^[1-9][0-9]*$ ]]; then
-                echo "--seconds takes a whole number" >&2
-                exit 2
-            fi
-            deadline=$((SECONDS + $2)); shift 2 ;;
-        -h | --help) sed -n '2,10s/^# \?//p' "$0"; exit 0 ;;
+        --seconds) number "$@"; deadline=$((SECONDS + $2)); shift 2 ;;
+        --train-seconds) number "$@"; train_seconds=$2; shift 2 ;;
+        --archive) archive=1; shift ;;
+        -h | --help) sed -n '2,12s/^# \?//p' "$0"; exit 0 ;;
         *)
             if [[ " ${all_parts[*]} " != *" $1 "* ]]; then
                 echo "no part '$1'; there are ${all_parts[*]}" >&2
@@ -36,7 +44,7 @@ while [ $# -gt 0 ]; do
             parts+=("$1"); shift ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=("${all_parts[@]}")
+[ ${#parts[@]} -gt 0 ] || parts=("${default_parts[@]}")
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "PyTorch finds no usable CUDA device" >&2
@@ -49,24 +57,61 @@ export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
 missing_profiler=4
 
-# Every access of the kernels is checked, a hundred times slower. initcheck must see PyTorch's writes too.
+# Calls each line of the input as a command, all at the same time, one log after the other; the worst exit status.
+at_once() {
+    local logs worst=0 code command pids=()
+    logs=$(mktemp -d)
+    while read -r command; do
+        bash -c "$command" >"$logs/${#pids[@]}" 2>&1 &
+        pids+=($!)
+    done
+    for i in "${!pids[@]}"; do
+        wait "${pids[$i]}"
+        code=$?
+        [ $code -le $worst ] || worst=$code
+        cat "$logs/$i"
+    done
+    rm -rf "$logs"
+    return $worst
+}
+
+run_tests() {
+    local test="$python -m pytest -q -p no:cacheprovider tests/gpu -k"
+    at_once <<TEXT
+$test 'Global'
+$test 'Local'
+$test 'Smoothed'
+$test 'not Global and not Local and not Smoothed'
+TEXT
+}
+
+# Every access of the kernels is checked, a hundred times slower.
 sanitize() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer not found"; return $missing_profiler; }
-    for variant in global smoothed-deferred; do
-        # Calls that PyTorch makes to find out whether they fail are no concern of memcheck's.
-        for tool in "memcheck --report-api-errors no" racecheck synccheck; do
-            # shellcheck disable=SC2086  # a tool and its options
-            compute-sanitizer --tool $tool --kernel-name kns=clara --error-exitcode 1 \
-                "$python" benchmarks/profile_target.py small-148x64 $variant --steps 2 || return
-        done
-    done
-    compute-sanitizer --tool initcheck --error-exitcode 1 \
-        "$python" benchmarks/profile_target.py small-148x64 local --steps 2
+    local target="$python benchmarks/profile_target.py mixed" tool="compute-sanitizer --error-exitcode 1 --tool"
+    # Calls that PyTorch makes to find out whether they fail are no concern of memcheck's. initcheck must see PyTorch's
+    # writes too.
+    at_once <<TEXT
+$tool memcheck --report-api-errors no --kernel-name kns=clara $target global --steps 2
+$tool memcheck --report-api-errors no --kernel-name kns=clara $target smoothed --dtype bfloat16 --steps 2
+$tool racecheck --kernel-name kns=clara $target global --dtype bfloat16 --steps 2
+$tool racecheck --kernel-name kns=clara $target local --steps 2
+$tool synccheck --kernel-name kns=clara $target global --steps 2
+$tool initcheck $target local --steps 2
+TEXT
+}
+
+step_time() {
+    "$python" benchmarks/step_time.py --device cuda --no-plots "$@"
 }
 
 profile() {
-    for variant in global local smoothed smoothed-deferred adam-fused; do
-        "benchmarks/profile_$1.sh" --out "$out" gpt2-small "$variant" || return
+    local status
+    while read -r arguments; do
+        # shellcheck disable=SC2086  # words
+        "benchmarks/profile_$1.sh" --out "$out" $arguments
+        status=$?
+        [ $status -eq 0 ] || return $status
     done
 }
 
@@ -77,41 +122,80 @@ run_part() {
             CLARA_BUILD=cuda CLARA_CUDA_ARCHS=$("$python" -c \
                 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
                 "$python" setup.py build_ext --inplace && "$python" -m clara_fused ;;
-        tests) "$python" -m pytest -q -p no:cacheprovider tests/gpu ;;
+        tests) run_tests ;;
         sanitizer) sanitize ;;
-        step-time) "$python" benchmarks/step_time.py --device cuda --out "$out" ;;
-        graph) "$python" benchmarks/step_time.py --device cuda --graph --models gpt2-small small-1000x64 --out "$out/graph" ;;
-        overhead) "$python" benchmarks/cpu_overhead.py --device cuda --out "$out" ;;
-        end-to-end) "$python" benchmarks/end_to_end.py --device cuda --out "$out" ;;
-        nsys | ncu) profile "$1" ;;
+        tune) benchmarks/tune_kernels.sh ;;
+        step-time)
+            step_time --out "$out" --seconds 6 --models gpt2-small gpt2-xl one-350m small-1000x64 \
+                --optimizers adam-fused adam-foreach apex global local smoothed ;;
+        graph)
+            step_time --out "$out/graph" --graph --seconds 3 --models gpt2-small small-1000x64 \
+                --optimizers adam-fused global local smoothed &&
+                mv "$out/graph/step_time-cuda.json" "$out/step_time_graph-cuda.json" && rmdir "$out/graph" ;;
+        overhead)
+            "$python" benchmarks/cpu_overhead.py --device cuda --no-plots --seconds 2 --tensors 10 100 1000 3000 \
+                --optimizers adam-fused adam-foreach global local smoothed --out "$out" ;;
+        end-to-end) "$python" benchmarks/end_to_end.py --device cuda --no-plots --out "$out" ;;
+        nsys)
+            profile nsys <<TEXT
+gpt2-small global
+gpt2-small local
+TEXT
+            ;;
+        ncu)
+            profile ncu <<TEXT
+gpt2-small local
+--dtype bfloat16 gpt2-small local
+one-350m local
+gpt2-small adam-fused
+TEXT
+            ;;
+        train) "$python" benchmarks/train_gpt.py --device cuda --seconds "$train_seconds" --out "$out" ;;
     esac
 }
-export -f run_part sanitize profile
-export python out missing_profiler
+export -f run_part at_once run_tests sanitize step_time profile
+export python out missing_profiler train_seconds
 
-records=()
-failed=0
-for part in "${parts[@]}"; do
-    echo "== $part"
-    start=$SECONDS
-    limit=$part_seconds
-    if [ -n "$deadline" ] && [ $((deadline - start - 15)) -lt $limit ]; then
+# Runs a part; its log and, for the table, a line in $status/PART.
+status=$(mktemp -d)
+run_recorded() {
+    local part=$1 start=$SECONDS limit=$part_seconds code result
+    if [ -n "$deadline" ] && [ $((deadline - start - 15)) -lt "$limit" ]; then
         limit=$((deadline - start - 15))  # to end a part, and for the table
     fi
-    if [ $limit -lt 10 ]; then
-        records+=("$part|not run: no time left|0")
-        failed=1
-        continue
+    if [ "$limit" -lt 10 ]; then
+        echo "$part|not run: no time left|0" >"$status/$part"
+        return
     fi
     timeout --kill-after=10 "$limit" bash -c "run_part $part" 2>&1 | tee "$out/device-pass-$part.log"
     code=${PIPESTATUS[0]}
     case $code in
         0) result=passed ;;
         "$missing_profiler") result="not run: no profiler" ;;
-        124 | 137) result="ran out of time"; failed=1 ;;
-        *) result="failed ($code)"; failed=1 ;;
+        124 | 137) result="ran out of time" ;;
+        *) result="failed ($code)" ;;
     esac
-    records+=("$part|$result|$((SECONDS - start))")
+    echo "$part|$result|$((SECONDS - start))" >"$status/$part"
+}
+
+for part in "${parts[@]}"; do
+    [ ! -e "$status/$part" ] || continue
+    if [ "$part" = tests ] && [[ " ${parts[*]} " == *" sanitizer "* ]]; then
+        echo "== tests and sanitizer"
+        run_recorded sanitizer >/dev/null &
+        run_recorded tests
+        wait
+        cat "$out/device-pass-sanitizer.log" 2>/dev/null
+    else
+        echo "== $part"
+        run_recorded "$part"
+    fi
+done
+mapfile -t records < <(for part in "${parts[@]}"; do cat "$status/$part"; done)
+rm -rf "$status"
+failed=0
+for record in "${records[@]}"; do
+    [[ $record == *"|passed|"* || $record == *"|not run: no profiler|"* ]] || failed=1
 done
 
 printf '%s\n' "${records[@]}" | PYTHONPATH=$here:$PYTHONPATH "$python" -c '
@@ -125,9 +209,10 @@ record = {
 with open(sys.argv[1], "w") as file:
     json.dump(record, file, indent=2)
     file.write("\n")
-gpu = record["machine"]["gpu"]
-print("\n%s, driver %s, torch %s" % (gpu["name"], gpu["driver"], record["versions"]["torch"]))
-for row in record["parts"]:
-    print("%-12s %-24s %4d s" % (row["part"], row["result"], row["seconds"]))
 ' "$out/device-pass.json"
+"$python" benchmarks/device_report.py "$out"
+if [ -n "$archive" ]; then
+    (cd "$out" && find . -maxdepth 1 \( -name 'device-pass-*.log' -o -name 'ncu-*' -o -name 'nsys-*' \) -print0 |
+        tar czf device-pass.tar.gz --null --remove-files --files-from -)
+fi
 exit $failed

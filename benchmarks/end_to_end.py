@@ -5,13 +5,11 @@
     python benchmarks/end_to_end.py --sizes small --optimizers adam-fused smoothed
 
 The model and the text are those of examples/train.py. A step is forward, backward, optimizer and zero_grad; every
-optimizer trains a model of its own, in rounds of random order. Writes end_to_end-<device>.json and its plot.
+optimizer trains a model of its own, in rounds of random order. Writes end_to_end-<device>.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -21,31 +19,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from torch import Tensor, nn
 
-from harness import plots
 from harness.clocks import make_clock
-from harness.contenders import BASELINE, CONTENDERS, Contender, Unavailable
-from harness.environment import REPOSITORY, OtherWork
-from harness.memory import keep_freed_memory
-from harness.report import (
-    NOTHING_MEASURED,
-    benchmark_parser,
-    checked_choices,
-    console,
-    duration,
-    table,
-    usable_device,
-    write_json,
-)
-from harness.statistics import all_seconds, measure_interleaved, ratios, summarize
+from harness.contenders import BASELINE, Contender
+from harness.environment import REPOSITORY
+from harness.report import Row, Session, benchmark_parser, checked_choices, console, duration, style_of, table
+from harness.statistics import measure_interleaved, summarize
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 from training.data import TextData
 from training.models import CharGPT
-
-WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -66,8 +50,7 @@ SIZES = {
 }
 DEFAULT_SIZES = {"cpu": ("tiny", "small", "medium"), "cuda": ("small", "large", "xl")}
 DEFAULT_OPTIMIZERS = (
-    "adam-fused", "adam-foreach", "apex", "transformer-engine", "bitsandbytes", "published",
-    "global", "local", "smoothed", "smoothed-deferred",
+    "adam-fused", "adam-foreach", "apex", "transformer-engine", "bitsandbytes", "global", "local", "smoothed",
 )  # fmt: skip
 
 
@@ -76,10 +59,8 @@ class TrainingStep:
 
     def __init__(self, size: Size, data: TextData, contender: Contender, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model: nn.Module = CharGPT(data.vocabulary_size, size.context, size.width, size.layers, size.heads)
-        self.model.to(device)
+        self.model = CharGPT(data.vocabulary_size, size.context, size.width, size.layers, size.heads).to(device)
         self.optimizer = contender.build(list(self.model.parameters()))
-        self.optimizer_step = contender.step_of(self.optimizer)
         self.data, self.batch, self.device = data, size.batch, device
         self.generator = torch.Generator().manual_seed(0)
         self._marks: list[tuple[Any, Any, Any]] = []
@@ -87,11 +68,11 @@ class TrainingStep:
     def __call__(self) -> None:
         start = self._mark()
         inputs, targets = self.data.training_batch(self.batch, self.generator)
-        with self._precision():
-            loss = cross_entropy(self.model(inputs), targets)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         before = self._mark()
-        self.optimizer_step()
+        self.optimizer.step()
         self._marks.append((start, before, self._mark()))
         self.optimizer.zero_grad()
 
@@ -103,11 +84,6 @@ class TrainingStep:
         event.record()
         return event
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
-
     def forget_times(self) -> None:
         self._marks.clear()
 
@@ -116,110 +92,58 @@ class TrainingStep:
         if self.device.type != "cuda":
             return [(end - before, end - start) for start, before, end in self._marks]
         torch.cuda.synchronize(self.device)
-        return [
-            (before.elapsed_time(end) / 1e3, start.elapsed_time(end) / 1e3) for start, before, end in self._marks
-        ]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return [(before.elapsed_time(end) / 1e3, start.elapsed_time(end) / 1e3) for start, before, end in self._marks]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
-    device = usable_device(args)
-    other_work = OtherWork()
-    settings = {"seconds": args.seconds, "baseline": BASELINE, "keeps_freed_memory": keep_freed_memory()}
-    names = list(dict.fromkeys([BASELINE, *args.optimizers]))
-    results: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
-    sizes = args.sizes or DEFAULT_SIZES[device.type]
+    parser = benchmark_parser(__doc__, DEFAULT_OPTIMIZERS, seconds=10.0, per="size")
+    parser.add_argument("--sizes", nargs="+", type=checked_choices("size", SIZES), metavar="NAME",
+                        help=f"of {', '.join(SIZES)}; default: those that suit the device")  # fmt: skip
+    args = parser.parse_args(arguments)
+    session = Session("end_to_end", args)
     with Progress(console=console, transient=True) as progress:
-        for name in progress.track(sizes, description="sizes"):
-            rows = measure(name, names, device, args.seconds, skipped)
-            if rows:
-                print_size(rows)
-            results += rows
-    for name, reason in skipped.items():
-        console.print(f"not measured: {CONTENDERS[name].label}: {reason}")
-    if not results:
-        console.print("nothing could be measured")
-        return NOTHING_MEASURED
-    path = args.out / f"end_to_end-{device.type}.json"
-    write_json(
-        path, "end_to_end", device, settings, other_work.share(), results=results,
-        skipped=[{"optimizer": n, "reason": r} for n, r in skipped.items()],
-    )  # fmt: skip
-    if not args.no_plots:
-        console.print(f"plot: {plots.plot_end_to_end(path, args.out)}")
-    return 0
+        for name in progress.track(args.sizes or DEFAULT_SIZES[session.device.type], description="sizes"):
+            measure(session, name)
+            print_size([row for row in session.results if row["size"] == name])
+    return session.finish()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(__doc__, DEFAULT_OPTIMIZERS, seconds=12.0, seconds_per="size")
-    parser.add_argument(
-        "--sizes", nargs="+", type=checked_choices("size", SIZES), metavar="NAME",
-        help=f"of {', '.join(SIZES)}; default: those that suit the device",
-    )  # fmt: skip
-    return parser
-
-
-def measure(
-    size_name: str, names: Sequence[str], device: torch.device, seconds: float, skipped: dict[str, str]
-) -> list[dict[str, Any]]:
+def measure(session: Session, size_name: str) -> None:
     size = SIZES[size_name]
-    data = TextData(device, context=size.context, validation_windows=1)
-    steps: dict[str, TrainingStep] = {}
-    for name in names:
-        try:
-            step = TrainingStep(size, data, CONTENDERS[name], device)
-            for _ in range(WARM_UP_STEPS):
-                step()
-        except (Unavailable, RuntimeError, NotImplementedError) as error:
-            skipped[name] = str(error).splitlines()[0]
-            continue
-        steps[name] = step
-    if BASELINE not in steps:
-        return []
+    data = TextData(session.device, context=size.context, validation_windows=1)
+    steps: Any = session.warmed(
+        session.names, lambda contender: TrainingStep(size, data, contender, session.device), size_name
+    )
+    if not steps:
+        return
     for step in steps.values():
         step.forget_times()
     # The cache is left as it is: the forward and backward passes fill it.
-    samples = measure_interleaved(steps, make_clock(device, flush_cache=False), BASELINE, max_seconds=seconds)
-    rows = []
+    clock = make_clock(session.device, flush_cache=False)
+    samples = measure_interleaved(steps, clock, BASELINE, max_seconds=session.args.seconds)
     for name, step in steps.items():
-        whole = summarize(all_seconds(samples, name))
         parts = step.optimizer_and_step_seconds()
         params = list(step.model.parameters())
-        rows.append(
-            {
-                "size": size_name,
-                "elements": sum(param.numel() for param in params),
-                "tensors": len(params),
-                "batch": size.batch,
-                "context": size.context,
-                "optimizer": name,
-                "label": CONTENDERS[name].label,
-                "seconds": whole.as_json(),
-                "optimizer_seconds": summarize([own for own, _ in parts]).as_json(),
-                "optimizer_share": summarize([own / total for own, total in parts]).median,
-                "ratio": summarize(ratios(samples, name, BASELINE)).as_json(),
-            }
-        )
-    return rows
+        place = {"size": size_name, "elements": sum(p.numel() for p in params), "tensors": len(params)}
+        session.record(
+            samples, name, place | {"batch": size.batch, "context": size.context},
+            optimizer_seconds=summarize([own for own, _ in parts]).as_json(),
+            optimizer_share=summarize([own / total for own, total in parts]).median,
+        )  # fmt: skip
 
 
-def print_size(rows: Sequence[dict[str, Any]]) -> None:
+def print_size(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
     first = rows[0]
-    title = (
-        f"Character GPT, {first['size']}: {first['elements'] / 1e6:.3g} M parameters in {first['tensors']} tensors, "
-        f"batches of {first['batch']} × {first['context']}"
-    )
+    size = f"{first['elements'] / 1e6:.3g} M parameters in {first['tensors']} tensors"
+    title = f"Character GPT, {first['size']}: {size}, batches of {first['batch']} × {first['context']}"
     made = table(title, "optimizer", "training step", "ratio", "± 95%", "optimizer", "share")
     for row in rows:
         made.add_row(
             row["label"], duration(row["seconds"]["median"]), f"{row['ratio']['median']:.3f}",
             f"{row['ratio']['error']:.3f}", duration(row["optimizer_seconds"]["median"]),
-            f"{row['optimizer_share']:.1%}", style="bold" if CONTENDERS[row["optimizer"]].runs_core else None,
+            f"{row['optimizer_share']:.1%}", style=style_of(row),
         )  # fmt: skip
     console.print(made)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Read the CSV files that profile_nsys.sh and profile_ncu.sh leave, print a summary, and write it as JSON.
 
-    python benchmarks/nsight_report.py nsys DIR/nsys-gpt2-small-smoothed-float32 --model gpt2-small --variant smoothed
-    python benchmarks/nsight_report.py ncu DIR/ncu-gpt2-small-smoothed-float32 --model gpt2-small --variant smoothed
+python benchmarks/nsight_report.py nsys DIR/nsys-gpt2-small-smoothed-float32 --model gpt2-small --variant smoothed
+python benchmarks/nsight_report.py ncu DIR/ncu-gpt2-small-smoothed-float32 --model gpt2-small --variant smoothed
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def metric(metrics: dict[str, float], names: Iterable[str], path: Path) -> float
     raise ReportError(f"{path}: a launch lacks {' or '.join(names)}; is this user allowed to read the counters?")
 
 
-def print_ncu(kernels: Sequence[KernelTraffic], elements: int, must_move: int, title: str) -> None:
+def print_ncu(kernels: Sequence[KernelTraffic], elements: int, must_move: float, title: str) -> None:
     """Bytes per element by kernel, and their sum against what must move.
 
     Written bytes that are still in the L2 cache when a kernel ends are not counted: up to that cache's size is missing.
@@ -266,7 +266,7 @@ def print_ncu(kernels: Sequence[KernelTraffic], elements: int, must_move: int, t
         )  # fmt: skip
     console.print(made)
     moved = sum(kernel.moved_bytes for kernel in kernels) / elements
-    console.print(f"moved {moved:.2f} bytes per element; {must_move} must move: {moved / must_move:.3f}×")
+    console.print(f"moved {moved:.2f} bytes per element; {must_move:.4g} must move: {moved / must_move:.3f}×")
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = asdict(profile)
         else:
             kernels = read_ncu(args.base.with_name(args.base.name + ".csv"))
-            must_move = contender.traffic(getattr(torch, args.dtype)).moved
+            must_move = contender.traffic(getattr(torch, args.dtype), model.shapes).moved
             print_ncu(kernels, model.elements, must_move, title)
             content = {
                 "elements": model.elements,

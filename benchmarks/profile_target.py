@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The program that profile_nsys.sh and profile_ncu.sh run: a few steps of one optimizer, marked for the profiler.
+"""The program that profilers and sanitizers run: a few steps of one optimizer, marked for the profiler.
 
     python benchmarks/profile_target.py gpt2-small smoothed --steps 10
 
@@ -15,15 +15,18 @@ from collections.abc import Sequence
 import torch
 
 from harness.contenders import CONTENDERS, Unavailable
-from harness.models import MODELS
+from harness.models import MODELS, ModelShapes
 from harness.report import NOTHING_MEASURED, checked_choices, console
 
 WARM_UP_STEPS = 5
+# Small, for the sanitizers: ends of vectors and chunks, tensors without elements, and samples with runs of 1024 and 64.
+MIXED = ModelShapes("mixed", "tensors of all kinds", ((), (5,), (0,), (1027,), (8195,), (66, 1024), (1030, 64)))
+PROFILED = {**MODELS, MIXED.name: MIXED}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=checked_choices("model", MODELS), help=", ".join(MODELS))
+    parser.add_argument("model", type=checked_choices("model", PROFILED), help=", ".join(PROFILED))
     parser.add_argument("variant", type=checked_choices("optimizer", CONTENDERS), help=", ".join(CONTENDERS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--steps", type=int, default=10, help="recorded; default: %(default)s")
@@ -32,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("skipped: PyTorch finds no usable CUDA device")
         return NOTHING_MEASURED
 
-    params = MODELS[args.model].parameters(getattr(torch, args.dtype), torch.device("cuda"))
+    params = PROFILED[args.model].parameters(getattr(torch, args.dtype), torch.device("cuda"))
     contender = CONTENDERS[args.variant]
     try:
-        step = contender.step_of(contender.build(params))
+        step = contender.build(params).step
     except Unavailable as error:
         console.print(f"skipped: {error}")
         return NOTHING_MEASURED

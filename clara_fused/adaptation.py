@@ -1,165 +1,174 @@
-"""Adapt: the random-walk reference, and how the learning-rate scale follows the path. In PyTorch, on the device.
+"""Adapt: how the learning-rate scale follows the path. The rule of csrc/adam_clara.h, written independently in PyTorch.
 
-Source: Atamna, Maus, Kievelitz, Glasmachers, "Cumulative Learning Rate Adaptation" (arXiv 2508.05408); the reference
-for Adam's steps is derived in docs/algorithm.md.
+All arithmetic in float64, on the device, nothing is read by the host. Notation as in docs/algorithm.md. Source: Atamna,
+Maus, Kievelitz, Glasmachers, "Cumulative Learning Rate Adaptation" (arXiv 2508.05408).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .batches import moved
-from .options import GroupOptions, Variant
+from .options import GroupOptions
 
-# Adam's bias correction 1/(1 - beta1^t) counts as 1 once beta1^t is below this.
-_NEGLIGIBLE = 1e-12
-_MAX_TABLE_LENGTH = 1 << 20  # enough for beta1 up to 0.99997
 _SUM_BLOCK = 1024
-# Where the learning rate is right, batches still pull back what the last ones overdid: the path is then shorter than a
-# walk of the measured steps, but longer than this share of it. docs/learning_rate.md has the measurements behind it.
-_RESTING_SHARE = 0.6
 
 
-def _check_walk(beta1: float, smoothing: float) -> None:
-    if not 0.0 <= beta1 < 1.0:
-        raise ValueError(f"beta1 must be in [0, 1), got {beta1}")
-    if not 0.0 < smoothing <= 1.0:
-        raise ValueError(f"smoothing must be in (0, 1], got {smoothing}")
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of per-tensor scalars: a few numbers, so full precision wherever there is any."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
-def random_walk_limit(beta1: float, smoothing: float) -> float:
-    """Limit of the random-walk reference for t to infinity: (1-b)/(1+b) * (1+bq)/(1-bq), b = beta1, q = 1-smoothing.
+def path_gain(smoothing: float) -> float:
+    """s: the weight of a new step in the path; makes unit white noise keep a unit path."""
+    return math.sqrt(smoothing * (2.0 - smoothing))
 
-    Raises:
-        ValueError: `beta1` is outside [0, 1) or `smoothing` outside (0, 1].
-    """
-    _check_walk(beta1, smoothing)
+
+def unit_walk(beta1: float, smoothing: float) -> float:
+    """The expected path^2 of one element after many steps of unit white noise."""
     correlation = beta1 * (1.0 - smoothing)
     return (1.0 - beta1) / (1.0 + beta1) * (1.0 + correlation) / (1.0 - correlation)
 
 
-@lru_cache(maxsize=64)
-def _reference_table(beta1: float, smoothing: float) -> tuple[float, ...]:
-    """Values kappa_1 ... kappa_T of the recursion, up to where the bias correction has died out."""
-    length = 1 if beta1 == 0.0 else math.ceil(math.log(_NEGLIGIBLE) / math.log(beta1))
-    q = 1.0 - smoothing
-    gain = math.sqrt(smoothing * (2.0 - smoothing))
-    table = []
-    # Variance of m, covariance of path and m, variance of the path, for unit white noise as gradients.
-    variance = covariance = path_variance = 0.0
-    beta1_power = 1.0
-    for _ in range(min(length, _MAX_TABLE_LENGTH)):
-        beta1_power *= beta1
-        a = gain / (1.0 - beta1_power)
-        variance = beta1 * beta1 * variance + (1.0 - beta1) ** 2
-        path_variance = q * q * path_variance + 2.0 * q * a * beta1 * covariance + a * a * variance
-        covariance = q * beta1 * covariance + a * variance
-        table.append(path_variance)
-    return tuple(table)
+def bias_correction(log_beta: float, steps: Tensor) -> Tensor:
+    """1 - beta^t for step counts t >= 1; expm1 keeps its relative accuracy also in float32."""
+    return -torch.expm1(steps * log_beta)
 
 
-def _step_variance(beta1: float, power: float) -> float:
-    """U_t for power = beta1^t: the expected square of one element of Adam's steps on pure-noise gradients."""
-    return (1.0 - beta1) / (1.0 + beta1) * (1.0 + power) / (1.0 - power)
+# Columns of the numbers that are handed around, one row per tensor.
 
 
-def _tail_decay(smoothing: float) -> float:
-    """Logarithm of q^2: beyond the table the reference approaches its limit by this factor a step."""
-    return 2.0 * math.log1p(-smoothing) if smoothing < 1.0 else -math.inf
+class PathSums(NamedTuple):
+    """Over the elements of a tensor that have a path, weighted with Adam's denominator d (with 1 under a fixed
+    reference), times numel / (number of those)."""
+
+    path_sq: Tensor  # N
+    step_sq: Tensor  # U, of Adam's steps u
+    grad_sq: Tensor  # G, of the gradients g~ in units of their own size
+    path_before_sq: Tensor  # N', of the path before this step, with the weights of this step
+    weight: Tensor  # D, of the weights themselves
+    numel: Tensor  # n, of all elements
 
 
-def random_walk_reference(step: int, beta1: float, smoothing: float) -> float:
-    """kappa_t: the expected squared path of one element after `step` Adam steps on pure-noise gradients.
+class Walk(NamedTuple):
+    """What N is expected to be if every new gradient is independent of the past, in units of N; zeros at first."""
+
+    moment_sq: Tensor  # V / N, V of m~^2, m~ = m/d
+    path_moment: Tensor  # C / N, C of path m~
+    path_sq: Tensor  # P / N, P of path^2
+
+
+class Evidence(NamedTuple):
+    """What the excess is computed from; additive over tensors."""
+
+    path_sq: Tensor  # N
+    walk_sq: Tensor  # P
+    unit_walk_sq: Tensor  # what P would be if all gradients were as long as Adam's memory of them
+    step_sq: Tensor  # U
+    step_walk_sq: Tensor  # what U is expected to be
+    numel: Tensor  # n
+
+
+def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
+    """The walks after a step with these sums; as they were where a sum is not finite or nothing has moved.
 
     Args:
-        step: t, from 1.
-        beta1: decay of the first moment, in [0, 1).
-        smoothing: weight of the path's decay, in (0, 1].
+        walks: float32 [n, 3], columns of `Walk`.
+        sums: float64 [n, 6], columns of `PathSums`.
+        steps: float64 [n], number of the step, from 1.
+        moves: whether lr is not 0; a bool, or a bool tensor of one element.
 
-    Raises:
-        ValueError: `step` is below 1, `beta1` outside [0, 1) or `smoothing` outside (0, 1].
+    Returns:
+        float32 [n, 3].
     """
-    _check_walk(beta1, smoothing)
-    if step < 1:
-        raise ValueError(f"step must be at least 1, got {step}")
-    table = _reference_table(beta1, smoothing)
-    if step <= len(table):
-        return table[step - 1]
-    limit = random_walk_limit(beta1, smoothing)
-    return limit + (table[-1] - limit) * math.exp((step - len(table)) * _tail_decay(smoothing))
+    old, new = Walk(*walks.to(sums.dtype).unbind(-1)), PathSums(*sums.unbind(-1))
+    beta1, q = options.beta1, 1.0 - options.smoothing
+    bias1 = bias_correction(options.log_beta1, steps)
+    before = new.path_before_sq
+    # Without a path so far the moments may all the same be old (a checkpoint of Adam's): their squares as they are.
+    # From a fresh start this is the recursion's own value.
+    moment_sq = torch.where(
+        before == 0.0,
+        bias1 * bias1 * new.step_sq,
+        beta1 * beta1 * old.moment_sq * before + (1.0 - beta1) ** 2 * new.grad_sq,
+    )
+    # Where nothing moves only m does.
+    idle = Walk(moment_sq, beta1 * old.path_moment * before, old.path_sq * before)
+    a = path_gain(options.smoothing) / bias1
+    moved = Walk(
+        moment_sq,
+        q * idle.path_moment + a * moment_sq,
+        q * q * idle.path_sq + 2.0 * q * a * idle.path_moment + a * a * moment_sq,
+    )
+    advanced = _where(moves, torch.stack(moved, -1), torch.stack(idle, -1))
+    advanced = (advanced / new.path_sq.unsqueeze(-1)).to(walks.dtype)
+    return torch.where(torch.isfinite(advanced.sum(-1, keepdim=True)), advanced, walks)
 
 
-@lru_cache(maxsize=64)
-def _reference_table_on(
-    beta1: float, smoothing: float, measured_walk: bool, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    values: Sequence[float] = _reference_table(beta1, smoothing)
-    if measured_walk:
-        values = [k / _step_variance(beta1, beta1**t) for t, k in enumerate(values, 1)]
-    table = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        # From pinned memory the copy does not wait for the device.
-        return table.pin_memory().to(device, non_blocking=True)
-    return table.to(device)
+def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes, no)
+    return yes if condition else no
 
 
-def reference_at(steps: Tensor, options: GroupOptions) -> Tensor:
-    """kappa for a vector of step numbers (float, from 1), on their device and in their dtype.
+def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
+    """Columns of `Evidence`, float64 [n, 6], after `advanced_walks`; arguments as there.
 
-    Under `measured_walk` it is kappa_t / U_t, the walk's squared length in units of a step's.
+    Zeros, so no vote, where nothing moves or the gradients are all zero.
     """
-    if options.fixed_reference is not None:
-        return torch.full_like(steps, options.fixed_reference)
-    table = _reference_table_on(options.beta1, options.smoothing, options.measured_walk, steps.device, steps.dtype)
-    limit = random_walk_limit(options.beta1, options.smoothing)
-    if options.measured_walk:
-        limit /= _step_variance(options.beta1, 0.0)
-    # As integers first: a NaN (a damaged checkpoint) stays a NaN if clamped, and would be no index.
-    tabulated = table.index_select(0, (steps - 1.0).to(torch.int64).clamp(0, len(table) - 1))
-    steps_beyond = (steps - len(table)).clamp(min=0.0)
-    decay = _tail_decay(options.smoothing)
-    # exp(-inf * 0) would be NaN, so smoothing = 1 is told apart on the host.
-    tail = torch.exp(steps_beyond * decay) if math.isfinite(decay) else (steps_beyond == 0.0).to(steps.dtype)
-    return torch.where(steps_beyond > 0.0, limit + (tabulated - limit) * tail, tabulated)
+    s, walk = PathSums(*sums.unbind(-1)), Walk(*walks.to(sums.dtype).unbind(-1))
+    step_walk_sq = walk.moment_sq * s.path_sq / bias_correction(options.log_beta1, steps) ** 2
+    unit_walk_sq = unit_walk(options.beta1, options.smoothing) * s.weight
+    evidence = torch.stack(
+        Evidence(s.path_sq, walk.path_sq * s.path_sq, unit_walk_sq, s.step_sq, step_walk_sq, s.numel), -1
+    )
+    nothing = torch.zeros_like(evidence)
+    return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
 
 
-def _excess_over_measured_walk(walk: Tensor) -> Tensor:
-    """By how much a path is too long or (negative) too short, from the walk's squared length in units of the path's.
-
-    At most 1 however long the path, without bound where it is short, so that the scale climbs slowly and falls fast.
-    Between the walk and the resting share of it the scale rests.
-    """
-    return (1.0 - walk).clamp(min=0.0) + (1.0 - _RESTING_SHARE * walk).clamp(max=0.0)
+def _with_prior(ratio: Tensor, numel: Tensor, neutral: float) -> Tensor:
+    """A ratio of sums over few elements says little: as if `neutral` more had shown the expected one."""
+    return (numel * ratio + neutral) / (numel + neutral)
 
 
-def adapted_scales(scales: Tensor, sums: Tensor, options: GroupOptions, variant: Variant) -> Tensor:
+def excess(e: Evidence) -> Tensor:
+    """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess"."""
+    # Long, also beside steps of a size that Adam remembers: gradients of that size may return at once.
+    above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.unit_walk_sq), e.numel, 32.0)
+    # Short, and more so than steps that cancel as fast as the momentum can tell.
+    ratio = e.path_sq / e.walk_sq
+    agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)
+    rest = 0.5 * (agreement**4).clamp(min=0.4)
+    below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio).clamp(max=0.0)
+    return torch.where(above > 1.25, 1.0 - 1.25 / above, below)
+
+
+def adapted_scales(scales: Tensor, evidence: Tensor, options: GroupOptions) -> Tensor:
     """The learning-rate scales after one step.
 
     Args:
-        scales: mu, any shape.
-        sums: [..., 2], the path's squared norm N and its random-walk expectation.
+        scales: mu, float32, any shape.
+        evidence: [..., 6], columns of `Evidence`.
 
     Returns:
-        the new mu; unchanged where adaptation is off, the ratio is not finite, or nothing has moved yet.
+        the new mu; as it was where adaptation is off, where a sum is not finite, and where nothing has moved.
     """
     if not options.adapt_lr:
         return scales
-    path_sq, expected_path_sq = sums.unbind(-1)
-    ratio = path_sq / expected_path_sq
-    excess = _excess_over_measured_walk(expected_path_sq / path_sq) if options.measured_walk else ratio - 1.0
-    factor = torch.exp(options.factor_gain * excess).clamp(*options.clip)
-    previous = scales.to(sums.dtype)
-    proposed = previous * factor if options.accumulate else factor
-    if variant is Variant.SMOOTHED:
-        assert options.lr_smoothing is not None
-        proposed = options.lr_smoothing * previous + (1.0 - options.lr_smoothing) * proposed
-    proposed = proposed.clamp(*options.scale_bounds)
-    return torch.where(torch.isfinite(ratio) & (path_sq != 0.0), proposed.to(scales.dtype), scales)
+    e = Evidence(*evidence.unbind(-1))
+    # As first published, for a fixed expectation of path^2 per element; or the walk's.
+    value = e.path_sq / (e.numel * options.reference) - 1.0 if options.reference else excess(e)
+    factor = torch.exp(options.smoothing / (2.0 * options.damping) * value)
+    factor = factor.clamp(options.clip_low, options.clip_high)
+    previous, b = scales.to(evidence.dtype), options.lr_smoothing
+    following = b * previous + (1.0 - b) * (previous * factor)
+    following = following.clamp(options.scale_low, options.scale_high)
+    known = torch.isfinite(evidence.sum(-1)) & torch.isfinite(value)
+    return torch.where(known & (e.path_sq != 0.0), following.to(scales.dtype), scales)
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:
@@ -174,14 +183,16 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     return values.sum(0)
 
 
-def total_sums(sums: Sequence[Tensor]) -> Tensor:
-    """Add [n, 2] sums over all tensors of all batches, on the first accelerator among their devices.
+def total_evidence(evidence: Sequence[Tensor]) -> Tensor:
+    """Add [n, 6] evidence of all tensors of all buckets, on the first accelerator among their devices.
 
     Sorted first, so that the result does not depend on the order of the parameters.
 
     Returns:
-        [2]: summed squared path norm and summed expectation.
+        [6], columns of `Evidence`.
     """
-    device = next((part.device for part in sums if part.device.type != "cpu"), sums[0].device)
-    gathered = torch.cat([moved(part, device) for part in sums])
-    return fixed_order_sum(gathered.sort(dim=0).values)
+    if not evidence:
+        return torch.zeros(len(Evidence._fields), dtype=torch.float64, device="cpu")
+    device = next((part.device for part in evidence if part.device.type != "cpu"), evidence[0].device)
+    rows = torch.cat([part.to(device, scalar_dtype(device), non_blocking=device.type != "cpu") for part in evidence])
+    return fixed_order_sum(torch.sort(rows, dim=0).values)

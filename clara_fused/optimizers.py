@@ -1,148 +1,75 @@
-"""AdamClaraGlobal, AdamClaraLocal, AdamClaraSmoothed: torch.optim's contract, and nothing numeric.
-
-A step is measure -> adapt -> apply over batches of tensors; the back ends do the work.
-"""
+"""AdamClaraGlobal, AdamClaraLocal, AdamClaraSmoothed: torch.optim's contract, and nothing numeric."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer
 
-from . import adaptation, core_backend, sharding, state, torch_backend, validation
-from .batches import Batch, Location, StepInputs, TensorWork, moved
-from .options import GLOBAL_OPTION_NAMES, GroupOptions, Variant, option_names, option_values, read_options
+from . import state, tensors, torch_backend
+from .adaptation import total_evidence
+from .core import buckets as core_buckets
+from .core import loading
+from .distributed import dtensors, sharding
+from .options import (
+    OPTIONS,
+    Constructor,
+    GroupOptions,
+    OptionReader,
+    SmoothedConstructor,
+    check_switches,
+    drop_switches,
+    largest_lr,
+)
+from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, moved
 
-# A step tries them in vain when it has changed otherwise, so few.
-_MAX_IDLE_PLANS = 3
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
-_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_max_temporary_bytes", "_step_supports_amp_scaling")
+_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
 
 
-class AdamClara(Optimizer):
+class AdamClara(Constructor, Optimizer):
     """What the three optimizers share. Use one of them.
 
     Adam with CLARA: each parameter's steps are summed up in a decaying path, whose squared length is compared with
-    what a random walk of the same steps would give. A long path (steps agree) raises the learning-rate scale mu, a
-    short one (steps cancel) lowers it; the rate in force is ``lr * mu``. ``param_group["lr"]`` stays the user's.
-
-    Args:
-        params: parameters or param groups, as for ``torch.optim.Adam``. float32, bfloat16, float16 or float64, dense.
-        lr: learning rate >= 0, float or one-element tensor.
-        betas: decay of the moments, each in [0, 1).
-        eps: added to the denominator, >= 0.
-        weight_decay: >= 0; added to the gradient, or decoupled as in AdamW.
-        amsgrad: use the running maximum of the second moment.
-        maximize: ascend instead of descend.
-        decoupled_weight_decay: decay the parameter (AdamW) instead of the gradient.
-        smoothing: weight of a new step in the path, in (0, 1]; the path remembers about 1/smoothing steps.
-        damping: > 0; a larger one makes the scale follow the path more slowly.
-        reference: what the path is compared with. ``"random_walk"``: Adam steps on pure noise; ``"measured_walk"``: a
-            walk of steps as long as the one just measured, which wants ``damping=0.5`` (Smoothed: ``damping=0.25,
-            lr_smoothing=0.5``); a number > 0: this squared path of one element.
-        clip: bounds of the scale's factor in one step, 0 < low <= high, or None.
-        accumulate: the factor multiplies the scale; False: it replaces it.
-        deferred: step with the scale measured in the step before, which saves one pass over memory.
-        initial_scale: mu before the first step, inside ``scale_bounds``; 1 unless ``accumulate``.
-        scale_bounds: mu stays inside, 0 < low <= high.
-        adapt_lr: False keeps mu as it is; the path is still tracked.
-        path_dtype: dtype of the path, torch.float32 or torch.bfloat16; None: the moments' dtype.
-        fused: True runs the compiled core and raises at the first step if it cannot serve; False runs PyTorch; None
-            runs the core where it can and PyTorch elsewhere.
-        process_group: parameters are shards over this group (see docs/distributed.md).
-
-    Raises:
-        ValueError: an option is out of range, or a parameter cannot be updated in place.
-        TypeError: an option or a parameter has the wrong type.
+    that of a random walk of the same steps. A long path (steps agree) raises the learning-rate scale mu, a short one
+    (steps cancel) lowers it; the rate in force is ``lr * mu``. ``param_group["lr"]`` stays the user's.
 
     Source: Atamna, Maus, Kievelitz, Glasmachers, arXiv 2508.05408; all formulas in docs/algorithm.md.
     """
 
-    variant: ClassVar[Variant]
+    one_scale: ClassVar[bool] = False
+    """One learning-rate scale for all tensors, instead of one per tensor."""
+    option_names: ClassVar[tuple[str, ...]] = tuple(name for name in OPTIONS if name != "lr_smoothing")
 
     fused: bool | None
-    # Plans of the core: the last step's; lately used ones for other sets of gradients, latest first (a step that
-    # alternates between losses); those that a CUDA graph has captured, whose tables on the device it goes on using.
-    _plan: core_backend.Plan | None = None
-    _idle_plans: tuple[core_backend.Plan, ...] = ()
-    _captured_plans: tuple[core_backend.Plan, ...] = ()
     # Read by GradScaler and by frameworks; see enable_fused_amp.
     _step_supports_amp_scaling: bool = False
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        decoupled_weight_decay: bool = False,
-        smoothing: float = 0.05,
-        damping: float = 2.5,
-        reference: str | float = "random_walk",
-        clip: tuple[float, float] | None = (0.5, 1.05),
-        accumulate: bool = True,
-        deferred: bool = False,
-        initial_scale: float = 1.0,
-        scale_bounds: tuple[float, float] = (1e-4, 1e4),
-        adapt_lr: bool = True,
-        path_dtype: torch.dtype | None = None,
-        fused: bool | None = None,
-        process_group: Any = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "smoothing": smoothing,
-            "damping": damping,
-            "reference": reference,
-            "clip": clip,
-            "accumulate": accumulate,
-            "deferred": deferred,
-            "initial_scale": initial_scale,
-            "scale_bounds": scale_bounds,
-            "adapt_lr": adapt_lr,
-            "path_dtype": path_dtype,
-        }
-        self._initialize(params, defaults, fused, process_group)
-
-    def _initialize(
-        self, params: ParamsT, defaults: dict[str, Any], fused: bool | None, process_group: Any
-    ) -> None:
+    def _initialize(self, arguments: Mapping[str, Any]) -> None:
+        check_switches(arguments["torch_switches"], f"{type(self).__name__}.__init__()")
+        fused = arguments["fused"]
         if fused is not None and not isinstance(fused, bool):  # 0 equals False, but is not what a step asks for
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
-        self.process_group = process_group
-        self.max_temporary_bytes = None
+        self.process_group = arguments["process_group"]
         self._forget_caches()
-        super().__init__(params, defaults)
+        Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
 
-    @property
-    def max_temporary_bytes(self) -> int | None:
-        """Bound of the PyTorch back end's scratch memory in one step, in bytes; None chooses by device.
-
-        Raises (when set):
-            TypeError, ValueError: neither None nor an integer of at least 1.
-        """
-        return self._max_temporary_bytes
-
-    @max_temporary_bytes.setter
-    def max_temporary_bytes(self, limit: int | None) -> None:
-        validation.check_max_temporary_bytes(limit)
-        self._max_temporary_bytes = limit
+    def _forget_caches(self) -> None:
+        """Drop what was derived from groups, parameters and state; the next step derives it anew."""
+        self._options = OptionReader(self.option_names, self.one_scale)
+        self._core = core_buckets.Gatherer(self.one_scale)
+        self._ranks: sharding.RankSums | None = None
+        self._shards_are_checked = False
+        # What checked tensors looked like, by the parameter's id: they need not be checked again while they look so.
+        self._signatures: dict[int, tuple[object, ...]] = {}
+        # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
+        self._scales: dict[torch.device, Tensor] = {}
+        # Initial scales by group (AdamClaraGlobal: in place 0), as the group's first state got them.
+        self._initial_scales: dict[int, Tensor] = {}
 
     @property
     def process_group(self) -> Any:
@@ -154,46 +81,9 @@ class AdamClara(Optimizer):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        validation.check_process_group(group)
+        sharding.check_process_group(group)
         self._process_group = sharding.ProcessGroupReference(group)
-        self._drop_plans()
-
-    def _forget_caches(self) -> None:
-        """Drop what was derived from groups, parameters and state; the next step derives it anew."""
-        self._drop_plans()
-        self._whole_sums: sharding.WholeTensorSums | None = None
-        self._hyperparameters: tuple[object, list[str]] = (None, [])
-        # Scales of sharded parameters that other ranks have stepped and this one has not: they have no state here.
-        # Under AdamClaraGlobal the one scale, with key None, on a rank that has no state at all.
-        self._stateless_scales: dict[Tensor | None, Tensor] = {}
-        # Per group: the option values last seen and what was made of them.
-        self._options_cache: list[tuple[tuple[Any, ...], GroupOptions]] = []
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; see ``torch.optim.Optimizer.add_param_group``.
-
-        Raises:
-            ValueError, TypeError: bad options or parameters; the group is not added then.
-        """
-        super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
-        group = self.param_groups[index]
-        try:
-            validation.check_lr(group["lr"], index, read_tensor=True)
-            read_options(group, index, self.variant)
-            for param_index, param in enumerate(group["params"]):
-                validation.check_param(param, index, param_index)
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    def enable_fused_amp(self, enabled: bool = True) -> None:
-        """Let a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer.
-
-        Saves a pass over the gradients and the scaler's host synchronization. Off by default: frameworks that watch
-        for skipped steps would not see them.
-        """
-        self._step_supports_amp_scaling = enabled
+        self._ranks = None
 
     # --- the step ---
 
@@ -201,6 +91,7 @@ class AdamClara(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients that are there.
@@ -215,361 +106,183 @@ class AdamClara(Optimizer):
             ValueError, TypeError, RuntimeError: bad options, gradients or state, or ``fused=True`` cannot be served;
                 nothing has been changed then.
             RuntimeError: another rank that shares parameters cannot take its step, or has other hyperparameters; the
-                moments may have taken up the gradients then.
+                paths may have taken up the gradients then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         try:
-            inputs, batches, planned = self._begin_step()
-        except sharding.RanksDisagreeError:
-            raise
+            inputs = self._read_inputs()
+            ranks, inputs = sharding.join(self, inputs)
+            buckets = self._gather(inputs)
         except Exception as error:
-            self._fail_on_other_ranks(error)
+            sharding.fail_together(self, error)  # the ranks that share parameters
             raise
-        if self._whole_sums is not None and not self._whole_sums.idle:
-            self._run_sharded(batches, inputs, self._whole_sums)
-        else:
-            self._run(batches, inputs)
-        # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph
-        # that saved a parameter before the step would quietly use the new values.
-        if planned and self._plan is not None:
-            stepped = self._plan.params_with_grad(self.param_groups)
-        else:
-            stepped = [p for _, _, p in self._enumerate_params() if p.grad is not None]
-        torch.autograd.graph.increment_version(stepped)
-        if not planned:
-            self._make_plan(batches, inputs)
+        if ranks is None and (not self.one_scale or (len(buckets) == 1 and len(self._shared_scales()) == 1)):
+            for bucket in buckets:
+                bucket.step()
+            return loss
+        sums = [bucket.measure() for bucket in buckets]
+        sums = sums if ranks is None else ranks.whole_sums(buckets, sums)
+        evidence = [bucket.advance(rows) for bucket, rows in zip(buckets, sums, strict=True)]
+        if self.one_scale:
+            total = total_evidence(evidence) if ranks is None else ranks.total(buckets, evidence)
+            adapt_one_scale(total, self._shared_scales().values(), inputs)
+        for bucket, rows in zip(buckets, evidence, strict=True):
+            if not self.one_scale:
+                bucket.rescale(rows)
+            bucket.update()
         return loss
-
-    def _begin_step(self) -> tuple[StepInputs, Sequence[Batch], bool]:
-        """All checks, and what the step works on; whether that is still the plan of the step before."""
-        inputs = self._read_inputs()
-        # Without DTensors and process_group nothing is summed over ranks, and the plan would notice new DTensors.
-        planned = self._planned_batches(inputs) if self._whole_sums is None else None
-        if planned is None:
-            self._prepare_sums_over_ranks(inputs)
-            if self._whole_sums is not None:
-                inputs = self._whole_sums.with_overflow_of_all_ranks(inputs)
-                planned = self._planned_batches(inputs)
-        if planned is not None:
-            return inputs, planned, True
-        self._drop_plans(keep_idle=_MAX_IDLE_PLANS)
-        return inputs, self._batches(self._collect(inputs.options), inputs), False
-
-    def _fail_on_other_ranks(self, error: Exception) -> None:
-        """Make the ranks raise that share parameters with this one: they would wait for it in their sums."""
-        if not sharding.needs_sums(self.param_groups, self.process_group):
-            return
-        # What the others make of it is theirs to raise; this rank has its own error.
-        with contextlib.suppress(RuntimeError):
-            if self._whole_sums is not None and self._whole_sums.serves(self.param_groups, self.process_group):
-                self._whole_sums.send_failure(self._amp_scalar("found_inf"))
-            else:
-                is_global = self.variant is Variant.GLOBAL
-                sharding.WholeTensorSums(self.param_groups, self.process_group, is_global, [f"error: {error}"])
-
-    def _planned_batches(self, inputs: StepInputs) -> Sequence[Batch] | None:
-        """The batches of the step before, ready for this one, if nothing but gradients has changed since."""
-        if self.fused is False or not self._find_plan(inputs) or self._plan is None:
-            return None
-        if self._whole_sums is not None and not sharding.gradients_lie_as_parameters(self.param_groups):
-            return None
-        return self._plan.batches
-
-    def _find_plan(self, inputs: StepInputs) -> bool:
-        """Whether there is a plan that stands for what is in groups and state now; it is the one in use then."""
-        if self._plan is not None and self._plan.prepare(self.param_groups, self.state, inputs):
-            return True
-        for plan in self._idle_plans:
-            if plan.prepare(self.param_groups, self.state, inputs):
-                self._set_plan_aside()
-                self._idle_plans = tuple(idle for idle in self._idle_plans if idle is not plan)
-                self._plan = plan
-                return True
-        return False
-
-    def _set_plan_aside(self) -> None:
-        if self._plan is not None:
-            self._idle_plans = (self._plan, *self._idle_plans)
-            self._plan = None
-
-    def _drop_plans(self, keep_idle: int = 0) -> None:
-        """Forget all plans but the `keep_idle` latest ones."""
-        self._set_plan_aside()
-        dropped = self._idle_plans[keep_idle:]
-        self._idle_plans = self._idle_plans[:keep_idle]
-        self._captured_plans += tuple(plan for plan in dropped if plan.captured)
-
-    def _make_plan(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
-        if self._whole_sums is None or sharding.gradients_lie_as_parameters(self.param_groups):
-            self._plan = core_backend.plan_of(self.param_groups, self.state, batches, inputs)
 
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
-        lrs: list[float | Tensor] = []
-        for index, group in enumerate(self.param_groups):
-            validation.check_lr(group["lr"], index)
-            # Here, not in the back ends: an integer beyond float64 must fail before anything is changed.
-            lrs.append(group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]))
-        options = self._read_options()
-        return StepInputs(options, lrs, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf"))
+        if not self._shards_are_checked:
+            for location, param in self._located(None):
+                sharding.check_shards(param, *location, self.process_group, self.one_scale)
+            self._shards_are_checked = True
+        options, lrs = self._options.read(self.param_groups)
+        # A GradScaler's. Where no parameter has a gradient its found_inf is a sum over nothing: the number 0.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if isinstance(found_inf, (int, float)):
+            found_inf = torch.tensor(found_inf, dtype=torch.float32, device="cpu")
+        return StepInputs(options, lrs, grad_scale, found_inf, self.one_scale)
 
-    def _amp_scalar(self, name: str) -> Tensor | None:
-        """`grad_scale` or `found_inf`, which a GradScaler sets before step() and deletes after."""
-        value: Tensor | float | None = getattr(self, name, None)
-        # Where no parameter has a gradient the scaler's found_inf is a sum over nothing: the number 0.
-        return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
+    def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
+        """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
+        if self.fused is False:
+            return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
+        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
+        if irregular is not None and not irregular:
+            return buckets
+        works = self._prepare(inputs, irregular)
+        if irregular is not None:  # what only lacked its state is regular now
+            buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
+            works = {location: works[location] for location in irregular or ()}
+            if works and self.fused:
+                location, work = next(iter(works.items()))
+                raise RuntimeError(f"{tensors.describe(*location, work.param)}: fused=True: {_IRREGULAR}")
+        return [*buckets, *torch_backend.buckets_of(list(works.values()), inputs)]
 
-    def _read_options(self) -> list[GroupOptions]:
-        seen = [option_values(group, self.variant) for group in self.param_groups]
-        if seen != [values for values, _ in self._options_cache]:
-            fresh = [read_options(group, index, self.variant) for index, group in enumerate(self.param_groups)]
-            if self.variant is Variant.GLOBAL:
-                validation.check_equal_in_all_groups(fresh, GLOBAL_OPTION_NAMES)
-            self._options_cache = list(zip(seen, fresh, strict=True))
-        return [options for _, options in self._options_cache]
-
-    def _collect(self, options: Sequence[GroupOptions]) -> list[TensorWork]:
-        """Gather the tensors that have gradients: first check all of them, only then create or adjust state."""
-        taking_part = []
-        capturing = core_backend.is_capturing()
-        for group_index, param_index, param in self._enumerate_params():
+    def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
+        """Check tensors (None: all) that have a gradient; only then create or complete their state."""
+        works: dict[Location, TensorWork] = {}
+        to_complete: list[Location] = []
+        for location, param in self._located(locations):
             grad = param.grad
             if grad is None:
                 continue
-            validation.check_param(param, group_index, param_index)
-            validation.check_grad(param, grad, group_index, param_index)
-            # .get: reading self.state[param] would create an empty entry.
-            param_state = self.state.get(param, {})
-            state.check(param_state, param, options[group_index], group_index, param_index)
+            entry = self.state.get(param) or {}  # reading self.state[param] would create an empty entry
+            options = inputs.options[location.group_index]
+            signature = state.signature(entry, param, grad, options.amsgrad)
+            if signature != self._signatures.get(id(param)):
+                tensors.check(param, grad, *location)
+                state.check(entry, param, *location)
+                if not state.is_complete(entry, param, options.amsgrad):
+                    to_complete.append(location)
+                    if loading.is_capturing():
+                        raise RuntimeError(f"{tensors.describe(*location, param)}: {_NO_STATE_IN_A_GRAPH}")
+                else:
+                    self._signatures[id(param)] = signature
             if self.fused:
-                core_backend.require(param, grad, options[group_index], group_index, param_index)
-            if capturing:
-                by_core = self.fused is not False and core_backend.serves(param, grad, options[group_index])
-                validation.check_capture(param, bool(param_state), by_core, group_index, param_index)
-            taking_part.append((group_index, param_index, param, grad))
-        for group_index, _, param, _ in taking_part:
-            state.prepare(self.state[param], param, options[group_index])
-            key = None if self.variant is Variant.GLOBAL else param
-            if key in self._stateless_scales:
-                self.state[param]["lr_scale"] = moved(self._stateless_scales.pop(key), param.device)
-        if self.variant is Variant.GLOBAL:
-            state.share_scale(self._param_states())
-        return [sharding.local_work(*located, self.state[located[2]]) for located in taking_part]
+                loading.require(param, grad, *location)
+            works[location] = TensorWork(location, param, grad, entry)
+        for location in to_complete:
+            works[location] = works[location]._replace(state=self._create_state(location))
+        if self.one_scale:
+            self._scales = {}
+            self._shared_scales()
+        return {
+            location: dtensors.local_work(*work) if dtensors.is_dtensor(work.param) else work
+            for location, work in works.items()
+        }
 
-    def _enumerate_params(self) -> Iterator[tuple[int, int, Tensor]]:
+    def _located(self, locations: Iterable[Location] | None) -> Iterator[tuple[Location, Tensor]]:
+        if locations is not None:
+            for location in locations:
+                yield location, self.param_groups[location.group_index]["params"][location.param_index]
+            return
         for group_index, group in enumerate(self.param_groups):
             for param_index, param in enumerate(group["params"]):
-                yield group_index, param_index, param
+                yield Location(group_index, param_index), param
 
-    def _batches(self, works: Sequence[TensorWork], inputs: StepInputs) -> list[Batch]:
-        """The batches of a step; tensors whose sums other ranks have a part in apart from those that need none."""
-        if self._whole_sums is None or self.variant is Variant.GLOBAL:
-            return self._batches_of(works, inputs)
-        sharded = [work for work in works if self._whole_sums.covers(work.location)]
-        rest = [work for work in works if not self._whole_sums.covers(work.location)]
-        return [*self._batches_of(sharded, inputs), *self._batches_of(rest, inputs)]
-
-    def _batches_of(self, works: Sequence[TensorWork], inputs: StepInputs) -> list[Batch]:
-        """The compiled core's batches, and PyTorch's for what the core cannot serve or is not to."""
-        for_core: list[TensorWork] = []
-        for_torch: list[TensorWork] = []
-        for work in works:
-            (for_core if self._core_serves(work, inputs) else for_torch).append(work)
-        torch_batches = torch_backend.batches_of(for_torch, inputs, self.variant, self.max_temporary_bytes)
-        core_batches = core_backend.batches_of(for_core, inputs, self.variant)
-        batches: list[Batch] = [*core_batches, *torch_batches]
-        # AdamClaraGlobal's one scale follows the sums over all batches, and is to move on all devices that hold it.
-        if self.variant is not Variant.GLOBAL or (len(batches) == 1 and len(self._shared_scales()) == 1):
-            for batch in core_batches:
-                batch.adapts_alone = True
-        return batches
-
-    def _core_serves(self, work: TensorWork, inputs: StepInputs) -> bool:
-        return self.fused is not False and core_backend.serves(work.param, work.grad, inputs.options[work.group_index])
-
-    def _run(self, batches: Sequence[Batch], inputs: StepInputs) -> None:
-        """measure -> adapt -> apply."""
-        for batch in batches:
-            if isinstance(batch, core_backend.CoreBatch) and batch.adapts_alone:
-                batch.step()
-        batches = [b for b in batches if not (isinstance(b, core_backend.CoreBatch) and b.adapts_alone)]
-        if not batches:
-            return
-        sums = [batch.measure() for batch in batches]
-        if self.variant is Variant.GLOBAL:
-            self._adapt_shared_scale(adaptation.total_sums(sums), inputs)
-            for batch in batches:
-                batch.adapt(None)
+    def _create_state(self, location: Location) -> dict[str, Any]:
+        """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
+        group_index, param_index = location
+        param = self.param_groups[group_index]["params"][param_index]
+        options, _ = self._options.read(self.param_groups)
+        entry: dict[str, Any] = self.state[param]
+        if "exp_avg" in entry and not (self.one_scale and self._shared_scales()):
+            scale: float | Tensor = state.trained_scale(options[group_index])
         else:
-            for batch, own_sums in zip(batches, sums, strict=True):
-                batch.adapt(own_sums)
-        for batch in batches:
-            batch.apply()
+            scale = self._initial_scale(group_index, options)
+        state.complete(entry, param, options[group_index], scale, self.process_group is not None)
+        self._scales = {}
+        return entry
 
-    def _param_states(self) -> Iterator[state.State]:
+    # --- scales ---
+
+    def _param_states(self) -> Iterator[dict[str, Any]]:
         """The states of parameters; torch.optim lets a user keep anything else beside them."""
         return (entry for param, entry in self.state.items() if isinstance(param, Tensor))
 
     def _shared_scales(self) -> dict[torch.device, Tensor]:
-        """The one scale of AdamClaraGlobal, by device that holds it."""
-        scales = (entry["lr_scale"] for entry in self._param_states() if "lr_scale" in entry)
-        return {scale.device: scale for scale in scales}
+        """The one scale of AdamClaraGlobal, by device; all states of a device hold the same tensor."""
+        if not self._scales:
+            self._scales = state.shared_scales(self._param_states())
+        return self._scales
 
-    def _adapt_shared_scale(self, totals: Tensor, inputs: StepInputs) -> None:
-        """Move the one scale of AdamClaraGlobal, on every device that holds it."""
-        scales = self._shared_scales()
-        if not scales:
-            scale = self._stateless_scales.setdefault(
-                None, torch.full((), inputs.options[0].initial_scale, device=totals.device)
-            )
-            scales = {scale.device: scale}
-        scale = moved(next(iter(scales.values())), totals.device)
-        new_scale = self._scales_after(scale, totals, inputs.options[0], inputs)
-        for device, target in scales.items():
-            target.copy_(moved(new_scale, device))
+    def _initial_scale(self, group_index: int, options: Sequence[GroupOptions]) -> float | Tensor:
+        """mu of a parameter that was never stepped; found on the device, without waiting for it."""
+        if self.one_scale and (shared := self._shared_scales()):
+            return next(iter(shared.values()))
+        own = options[group_index]
+        if not own.adapt_lr or own.initial_scale:
+            return own.initial_scale if own.adapt_lr else 1.0
+        groups = range(len(self.param_groups)) if self.one_scale else [group_index]
+        if groups[0] not in self._initial_scales:
+            sizes = [self._size(index) for index in groups]
+            size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
+            lrs = [self._options.read(self.param_groups)[1][index] for index in groups]
+            lr = largest_lr(lrs, size.device)
+            self._initial_scales[groups[0]] = state.cautious_scale(size, lr, own)
+        return self._initial_scales[groups[0]]
 
-    def _scales_after(self, scales: Tensor, sums: Tensor, options: GroupOptions, inputs: StepInputs) -> Tensor:
-        """Adapted scales; the old ones if a GradScaler found an overflow."""
-        new_scales = adaptation.adapted_scales(scales, sums, options, self.variant)
-        if inputs.found_inf is None:
-            return new_scales
-        return torch.where(moved(inputs.found_inf, scales.device).reshape(()) != 0, scales, new_scales)
-
-    # --- the step of sharded parameters ---
-
-    def _prepare_sums_over_ranks(self, inputs: StepInputs) -> None:
-        """Set `_whole_sums`, which adds up the sums of sharded tensors; None if there can be none."""
-        if self._process_group.lost:
-            raise RuntimeError(
-                "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
-            )
-        if not sharding.needs_sums(self.param_groups, self.process_group):
-            if self._whole_sums is not None:
-                self._drop_plans()
-                self._whole_sums = None
-        elif self._whole_sums is None or not self._whole_sums.serves(self.param_groups, self.process_group):
-            for group_index, param_index, param in self._enumerate_params():
-                validation.check_placements(param, group_index, param_index)
-            self._drop_plans()
-            self._whole_sums = sharding.WholeTensorSums(
-                self.param_groups,
-                self.process_group,
-                self.variant is Variant.GLOBAL,
-                self._describe_hyperparameters(inputs),
-            )
-            if self.variant is Variant.GLOBAL:
-                self._take_over_missing_shared_scale(self._whole_sums)
-            else:
-                self._take_over_missing_scales(self._whole_sums)
-
-    def _take_over_missing_scales(self, whole_sums: sharding.WholeTensorSums) -> None:
-        """Learn from the other ranks the scales of sharded parameters that have no state on this one.
-
-        FSDP1 loads no state for an empty shard, so only the others know where the scale was.
-        """
-        params = {Location(g, p): param for g, p, param in self._enumerate_params()}
-        known = {}
-        for location, param in params.items():
-            scale = self.state.get(param, {}).get("lr_scale", self._stateless_scales.get(param))
-            if scale is not None:
-                known[location] = scale
-        for location, scale in whole_sums.largest_over_ranks(known).items():
-            if location not in known and scale > 0.0:
-                self._stateless_scales[params[location]] = scale.clone()
-
-    def _take_over_missing_shared_scale(self, whole_sums: sharding.WholeTensorSums) -> None:
-        """Learn from the other ranks the one scale of AdamClaraGlobal if this rank has no state that holds it."""
-        own = next(iter(self._shared_scales().values()), self._stateless_scales.get(None))
-        shared = whole_sums.largest_of_all(own)
-        if own is None and shared is not None:
-            self._stateless_scales[None] = shared
-
-    def _describe_hyperparameters(self, inputs: StepInputs) -> list[str]:
-        """One line per group and option, made again only when a value changes."""
-        lrs = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else None for lr in inputs.lrs]
-        seen = (lrs, list(inputs.options))
-        if self._hyperparameters[0] != seen:
-            lines = [f"optimizer: {type(self).__name__}"]
-            for index, (lr, options) in enumerate(zip(lrs, inputs.options, strict=True)):
-                values = {"lr": lr, **dataclasses.asdict(options)}
-                lines += [f"param group {index}: {name} = {value!r}" for name, value in values.items()]
-            self._hyperparameters = (seen, lines)
-        return self._hyperparameters[1]
-
-    def _run_sharded(
-        self, batches: Sequence[Batch], inputs: StepInputs, whole_sums: sharding.WholeTensorSums
-    ) -> None:
-        """measure -> sum over ranks -> adapt -> apply; also on a rank with nothing to step, as the others wait."""
-        hyperparameters = self._describe_hyperparameters(inputs)
-        if self.variant is Variant.GLOBAL:
-            sharded = batches
-            sums = [batch.measure() for batch in sharded]
-            self._adapt_shared_scale(whole_sums.total(_locations_of(sharded), sums, hyperparameters), inputs)
-            for batch in sharded:
-                batch.adapt(None)
-        else:
-            sharded = [batch for batch in batches if whole_sums.covers(batch.locations[0])]
-            sums = [batch.measure() for batch in sharded]
-            pending = whole_sums.start(_locations_of(sharded), sums, hyperparameters)
-            # Meanwhile what needs no other rank.
-            self._run([batch for batch in batches if not whole_sums.covers(batch.locations[0])], inputs)
-            reduced, absent = pending.result()
-            rows = reduced.split_with_sizes([len(own) for own in sums])
-            for batch, own, whole in zip(sharded, sums, rows, strict=True):
-                batch.adapt(moved(whole, own.device))
-            self._follow_other_ranks(absent, inputs)
-        for batch in sharded:
-            batch.apply()
-
-    def _follow_other_ranks(self, absent: Sequence[sharding.Absent], inputs: StepInputs) -> None:
-        """Adapt the scales of sharded parameters that have a gradient on other ranks only (FSDP1: empty shards)."""
-        by_group: dict[tuple[int, torch.device], list[tuple[Tensor, Tensor]]] = {}
-        for group_index, param_index, sums in absent:
-            param = self.param_groups[group_index]["params"][param_index]
-            if not param.requires_grad:
-                continue
-            scale = self.state.get(param, {}).get("lr_scale", self._stateless_scales.get(param))
-            if scale is None:
-                initial_scale = inputs.options[group_index].initial_scale
-                scale = self._stateless_scales[param] = torch.full((), initial_scale, device=sums.device)
-            by_group.setdefault((group_index, scale.device), []).append((scale, sums))
-        for (group_index, device), pairs in by_group.items():
-            scales = [scale for scale, _ in pairs]
-            sums = moved(torch.stack([row for _, row in pairs]), device)
-            adapted = self._scales_after(torch.stack(scales), sums, inputs.options[group_index], inputs)
-            torch._foreach_copy_(scales, list(adapted.unbind()))
-
-    # --- telemetry ---
+    def _size(self, group_index: int) -> Tensor:
+        if self._ranks is not None:
+            return self._ranks.size(group_index)
+        return state.size_of_group(self.param_groups[group_index]["params"])
 
     @torch.no_grad()
     def lr_scales(self) -> list[Tensor]:
         """The learning-rate scale mu of every parameter.
 
         Returns:
-            per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy.
-            A parameter that was never stepped has its group's ``initial_scale``, under AdamClaraGlobal the one mu.
+            per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy. A
+            parameter that was never stepped has the scale that it would start with (1 where only other ranks know).
         """
-        shared = None
-        if self.variant is Variant.GLOBAL:
-            held = (entry["lr_scale"] for entry in self._param_states() if "lr_scale" in entry)
-            shared = next(held, self._stateless_scales.get(None))
-        return [self._group_scales(group, shared) for group in self.param_groups]
+        options, _ = self._options.read(self.param_groups)
+        known = dict(self._initial_scales)
+        scales = [self._group_scales(index, group["params"], options) for index, group in enumerate(self.param_groups)]
+        self._initial_scales = known  # they are settled by the first step, not by looking
+        return scales
 
-    def _group_scales(self, group: dict[str, Any], shared: Tensor | None) -> Tensor:
-        params = group["params"]
-        if not params:
-            return torch.empty(0)
-        device = params[0].device
+    def _group_scales(self, index: int, params: Sequence[Tensor], options: Sequence[GroupOptions]) -> Tensor:
+        device = params[0].device if params else torch.device("cpu")
         scales = []
+        initial: float | Tensor | None = None
         for param in params:
-            scale = self.state.get(param, {}).get("lr_scale", self._stateless_scales.get(param, shared))
+            scale = self.state.get(param, {}).get("lr_scale")
             if scale is None:
-                scale = torch.full((), group["initial_scale"], dtype=torch.float32, device=device)
+                if initial is None:
+                    initial = 1.0
+                    if self._ranks is not None or not sharding.needs_sums(self.param_groups, self.process_group):
+                        initial = self._initial_scale(index, options)
+                scale = initial
+            if not isinstance(scale, Tensor):
+                scale = torch.full((), scale, dtype=torch.float32, device=device)
             scales.append(moved(scale, device))
-        return torch.stack(scales)
+        return torch.stack(scales) if scales else torch.empty(0, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def effective_lrs(self) -> list[Tensor]:
@@ -580,21 +293,59 @@ class AdamClara(Optimizer):
         Returns:
             as `lr_scales`: per param group a float32 tensor [number of parameters]; later steps do not change it.
         """
-        return [
-            scales * moved(group["lr"], scales.device).reshape(()).to(torch.float32)
-            if isinstance(group["lr"], Tensor)
-            else scales * float(group["lr"])
-            for group, scales in zip(self.param_groups, self.lr_scales(), strict=True)
-        ]
+        effective = []
+        _, lrs = self._options.read(self.param_groups)
+        for lr, scales in zip(lrs, self.lr_scales(), strict=True):
+            lr = moved(lr, scales.device).reshape(()).to(torch.float32) if isinstance(lr, Tensor) else lr
+            effective.append(scales * lr)
+        return effective
 
-    # --- saving and loading ---
+    # --- groups, saving and loading ---
+
+    def enable_fused_amp(self, enabled: bool = True) -> None:
+        """Let a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer.
+
+        Saves a pass over the gradients and the scaler's host synchronization. Off by default: frameworks that watch
+        for skipped steps would not see them.
+        """
+        self._step_supports_amp_scaling = enabled
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError, TypeError: bad options or parameters; the group is not added then.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            drop_switches(group, index)
+            self._options.read_group(group, index)
+            if len(set(map(id, group["params"]))) < len(group["params"]):
+                raise ValueError(f"param group {index}: a parameter appears more than once in the group")
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._options.normalize(group)
+        self._shards_are_checked = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``; no two entries share memory."""
+        result = super().state_dict()
+        if self.one_scale:
+            result["state"] = {
+                key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
+                for key, entry in result["state"].items()
+            }
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
+        """Load a state dict of this optimizer or its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
 
         Dtypes are kept bit for bit; tensors are copied, also when ``state_dict`` holds the live ones of another
-        optimizer. What another Adam lacks starts fresh: ``path`` at zeros, ``lr_scale`` at ``initial_scale``, options
-        as this optimizer has them.
+        optimizer. What another Adam lacks starts fresh: ``path`` at zeros, ``lr_scale`` at 1 (or a number given as
+        ``initial_scale``), options as this optimizer has them.
 
         Raises:
             ValueError: groups or shapes do not match; nothing has been changed then.
@@ -614,99 +365,59 @@ class AdamClara(Optimizer):
         """Restore from a pickle (all attributes) or from ``load_state_dict`` (state and param groups)."""
         new = dict(new)
         groups = new["param_groups"]
-        group_steps = [group.get("step") for group in groups]
+        reader = OptionReader(self.option_names, self.one_scale)
         templates = self.param_groups if hasattr(self, "param_groups") else [new["defaults"]] * len(groups)
-        for index, (group, template) in enumerate(zip(groups, templates, strict=True)):
-            for name in state.FOREIGN_GROUP_OPTIONS:
-                group.pop(name, None)
-            for name in ("lr", *option_names(self.variant)):
-                group.setdefault(name, template[name])
-            read_options(group, index, self.variant)
+        group_steps = [group.get("step") for group in groups]
+        for group, template in zip(groups, templates, strict=True):
+            state.adopt_group(group, template, self.option_names)
+            reader.normalize(group)
+        options, _ = reader.read(groups)
+        process_group: sharding.ProcessGroupReference = new.get("_process_group") or self._process_group
+        all_elements = process_group.group is not None
         for group_index, group in enumerate(groups):
             for param_index, param in enumerate(group["params"]):
                 entry = new["state"].get(param)
                 if entry and any(isinstance(value, state.Verbatim) for value in entry.values()):
+                    location, group_step = (group_index, param_index), group_steps[group_index]
                     new["state"][param] = state.adopt(
-                        entry, param, group, group_steps[group_index], group_index, param_index
+                        entry, param, options[group_index], group_step, location, all_elements
                     )
         super().__setstate__(new)
-        if self.variant is Variant.GLOBAL:
-            state.share_scale(self._param_states())
         self._forget_caches()
+        if self.one_scale:
+            self._shared_scales()
 
 
-def _locations_of(batches: Sequence[Batch]) -> list[Location]:
-    return [location for batch in batches for location in batch.locations]
+_NO_STATE_IN_A_GRAPH = (
+    "a CUDA graph is being captured, and the parameter has no state yet, which every replay would create anew; take "
+    "one or more steps before the capture"
+)
+
+_IRREGULAR = "the compiled core does not serve parameters that share memory; use fused=None or fused=False"
+
+
+def _has_scale(entry: object) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("lr_scale"), Tensor)
 
 
 class AdamClaraGlobal(AdamClara):
     """Adam with one learning-rate scale for all parameters of all groups: the most stable; for large models.
 
-    The options ``smoothing, damping, reference, clip, accumulate, deferred, initial_scale, scale_bounds, adapt_lr``
-    must be equal in all groups.
+    The options that decide on the scale (``initial_scale, smoothing, damping, clip, reference, scale_bounds,
+    adapt_lr``) must be equal in all groups.
     """
 
-    variant = Variant.GLOBAL
+    one_scale = True
 
 
 class AdamClaraLocal(AdamClara):
     """Adam with one learning-rate scale per parameter tensor: the fastest to react; small models, experiments."""
 
-    variant = Variant.LOCAL
 
-
-class AdamClaraSmoothed(AdamClara):
+class AdamClaraSmoothed(SmoothedConstructor, AdamClara):
     """Adam with one smoothed learning-rate scale per parameter tensor: balanced, the general-purpose choice.
 
-    The scale is a moving average of what the factor asks for: mu <- b mu + (1 - b) mu f, with b = ``lr_smoothing``
-    in [0, 1). The other arguments are those of `AdamClara`.
+    The scale is a moving average of what the factor asks for: mu <- b mu + (1 - b) mu f, with b = ``lr_smoothing``.
     """
 
-    variant = Variant.SMOOTHED
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        decoupled_weight_decay: bool = False,
-        smoothing: float = 0.05,
-        damping: float = 0.5,
-        reference: str | float = "random_walk",
-        clip: tuple[float, float] | None = (0.5, 2.0),
-        lr_smoothing: float = 0.9,
-        accumulate: bool = True,
-        deferred: bool = False,
-        initial_scale: float = 1.0,
-        scale_bounds: tuple[float, float] = (1e-4, 1e4),
-        adapt_lr: bool = True,
-        path_dtype: torch.dtype | None = None,
-        fused: bool | None = None,
-        process_group: Any = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "smoothing": smoothing,
-            "damping": damping,
-            "reference": reference,
-            "clip": clip,
-            "lr_smoothing": lr_smoothing,
-            "accumulate": accumulate,
-            "deferred": deferred,
-            "initial_scale": initial_scale,
-            "scale_bounds": scale_bounds,
-            "adapt_lr": adapt_lr,
-            "path_dtype": path_dtype,
-        }
-        self._initialize(params, defaults, fused, process_group)
+    option_names = tuple(OPTIONS)

@@ -1,107 +1,303 @@
-"""Per-parameter state: what it holds, how it is made, kept in shape, and loaded.
+"""Per-parameter state: what it holds, which elements have a path, how it is made, kept in shape, and loaded.
 
-Entries: `step` (0-dim float32), `exp_avg`, `exp_avg_sq`, `path` (of the parameter's shape), `lr_scale` (0-dim float32)
-and, under amsgrad, `max_exp_avg_sq`. Moments are float32 for parameters of at most 32 bits and float64 for float64.
+Entries: `step` (0-dim), `exp_avg`, `exp_avg_sq` and, under amsgrad, `max_exp_avg_sq` (of the parameter's shape), `path`
+(see `Sample`), `lr_scale` and the walk's scalars (0-dim). Moments and path are float64 for float64 parameters, float32
+for all others; scalars are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+import math
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from . import dtensors, validation
-from .batches import moved
+from .adaptation import fixed_order_sum, scalar_dtype
+from .distributed import dtensors
 from .options import GroupOptions
+from .step import moved
+from .tensors import describe, have_equal_layout, is_dense
 
 State = MutableMapping[str, Any]
 
+WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq")
+"""In the order of `adaptation.Walk`."""
+SCALARS = ("step", "lr_scale", *WALK)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+NAMES = frozenset((*SCALARS, *MOMENTS, "path"))
+
 _SCALAR_SHAPE = torch.Size(())
-# Group-level entries that other Adam implementations write into checkpoints and that mean nothing here.
-FOREIGN_GROUP_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "bias_correction", "step")
+_MIN_SAMPLED = 65_536  # smaller tensors keep the whole path
+_MAX_RUN, _MIN_RUN = 1024, 64
+_CAUTIOUS_SHARE = 0.01  # of the parameters' root mean square: the most that the first step changes an element by
+_SIZE_PIECE = 1 << 20  # elements whose squares are in memory at a time
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
-    """Dtype of the moments, and of the arithmetic, for a parameter."""
+    """Dtype of moments and path, and of the arithmetic, for a parameter."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _expected_dtypes(param: Tensor, path_dtype: torch.dtype | None, amsgrad: bool) -> dict[str, torch.dtype]:
-    moments = moment_dtype(param)
-    dtypes = {
-        "step": torch.float32,
-        "exp_avg": moments,
-        "exp_avg_sq": moments,
-        "path": path_dtype or moments,
-        "lr_scale": torch.float32,
-    }
-    if amsgrad:
-        dtypes["max_exp_avg_sq"] = moments
-    return dtypes
+# --- which elements have a path --------------------------------------------------------------------------------------
 
 
-def _expected_shapes(param: Tensor, names: Iterable[str]) -> dict[str, torch.Size]:
-    return {name: _SCALAR_SHAPE if name in ("step", "lr_scale") else param.shape for name in names}
+class Sample(NamedTuple):
+    """In the storage order of the moments the first `kept` of every `run` elements have a path; equal: all have."""
+
+    run: int
+    kept: int
+
+    def shape(self, param: Tensor) -> torch.Size:
+        """The path's shape: of the parameter's shape, or rows of the kept elements."""
+        if self.run == self.kept:
+            return param.shape
+        inner = _inner(param) // self.run * self.kept
+        return torch.Size((inner,) if param.dim() == 1 else (param.shape[0], inner))
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The sampled ones of elements in storage order, as a view [number of runs, kept]."""
+        return flat.view(-1, self.run)[:, : self.kept]
 
 
-def check(state: State, param: Tensor, options: GroupOptions, group_index: int, param_index: int) -> None:
-    """Check that the state a parameter has, if any, can be stepped on; changes nothing.
+WHOLE = Sample(1, 1)
 
-    `max_exp_avg_sq` may be missing: amsgrad can be switched on at any time.
+
+def _inner(param: Tensor) -> int:
+    """Elements of a row."""
+    return param.numel() if param.dim() <= 1 else param.numel() // param.shape[0]
+
+
+def _run(param: Tensor) -> int:
+    """Elements of a run, a power of two; 0 where the tensor has to keep its whole path."""
+    if param.numel() < _MIN_SAMPLED:
+        return 0
+    inner = _inner(param)
+    run = min(inner & -inner, _MAX_RUN)
+    return run if run >= _MIN_RUN and _lies_in_rows(param) and _shards_hold_runs(param, run) else 0
+
+
+def _lies_in_rows(param: Tensor) -> bool:
+    """Whether the first dimension is the outermost one in memory."""
+    strides = [stride for size, stride in zip(param.shape, param.stride(), strict=True) if size > 1]
+    return param.shape[0] == 1 or strides[0] == max(strides)
+
+
+def _shards_hold_runs(param: Tensor, run: int) -> bool:
+    """Whether every rank's part of a DTensor consists of whole runs: the path can then be placed as the tensor is."""
+    if not dtensors.is_dtensor(param):
+        return True
+    # Rows may be divided at will, what is within a row by runs only. A 1-D tensor is one row.
+    within = 0 if param.dim() == 1 else 1
+    parts = 1
+    for mesh_dim, placement in enumerate(param.placements):  # type: ignore[attr-defined]
+        if placement.is_replicate() or (within == 1 and getattr(placement, "dim", None) == 0):
+            continue
+        if getattr(placement, "dim", None) != within:
+            return False
+        parts *= param.device_mesh.size(mesh_dim)  # type: ignore[attr-defined]
+    size = param.shape[within]
+    return size % parts == 0 and size // parts * (_inner(param) // size) % run == 0
+
+
+def sample_of(param: Tensor, path_fraction: float, all_elements: bool = False) -> Sample:
+    """Which elements of a parameter (of a DTensor: of the whole tensor) have a path, if its state is created now.
+
+    Args:
+        all_elements: whether parameters are shards of unknown tensors (process_group): they keep the whole path.
+    """
+    run = 0 if all_elements else _run(param)
+    if run == 0:
+        return WHOLE
+    kept = max(1, 1 << max(0, math.floor(math.log2(run * path_fraction) + 0.5)))
+    return WHOLE if kept >= run else Sample(run, kept)
+
+
+def sample_of_path(param: Tensor, path: Tensor) -> Sample | None:
+    """Which elements a path is of that is there already; None if it does not fit the parameter."""
+    if path.shape == param.shape:
+        return WHOLE
+    run = _run(param)
+    kept = run * path.numel() // max(1, param.numel())
+    if kept == 0 or kept & (kept - 1) or Sample(run, kept).shape(param) != path.shape:
+        return None
+    return Sample(run, kept)
+
+
+# --- creation --------------------------------------------------------------------------------------------------------
+
+
+def names_of(amsgrad: bool) -> tuple[str, ...]:
+    """The entries that a step needs."""
+    return (*SCALARS, *MOMENTS[: 3 if amsgrad else 2], "path")
+
+
+def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index: int) -> None:
+    """Check that the entries that are there can be stepped on; missing ones will be created. Changes nothing.
 
     Raises:
-        ValueError: an entry is missing or has the wrong shape.
+        ValueError: an entry is not a floating-point tensor, or has another shape than it should have.
     """
-    if not state:
-        return
-    names = [
-        name
-        for name in _expected_dtypes(param, options.path_dtype, options.amsgrad)
-        if name != "max_exp_avg_sq" or name in state
-    ]
-    validation.check_state(state, param, group_index, param_index, _expected_shapes(param, names))
+    for name in sorted(NAMES & state.keys()):
+        value = state[name]
+        expected = _SCALAR_SHAPE if name in SCALARS else param.shape
+        fits = isinstance(value, Tensor) and value.is_floating_point()
+        if fits and (value.shape == expected or (name == "path" and sample_of_path(param, value) is not None)):
+            continue
+        got = f"shape {tuple(value.shape)}, dtype {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"{describe(group_index, param_index, param)}: state {name!r} is {got}, "
+            f"expected a floating-point tensor of shape {tuple(expected)}"
+        )
+    if ("exp_avg" in state) != ("exp_avg_sq" in state):
+        raise ValueError(
+            f"{describe(group_index, param_index, param)}: state has one of 'exp_avg' and 'exp_avg_sq', expected both"
+        )
 
 
-def prepare(state: State, param: Tensor, options: GroupOptions) -> None:
-    """Create the state of a parameter at its first step; later, follow a parameter that changed dtype or device.
+def signature(state: Mapping[str, Any], param: Tensor, grad: Tensor, amsgrad: bool) -> tuple[object, ...]:
+    """What the checks of a parameter, its gradient and its state depend on, in a form that is quick to compare."""
+    of_grad = type(grad), grad.dtype, grad.layout, grad.shape, grad.device
+    return (amsgrad, *of_grad, param.dtype, param.shape, param.stride(), param.device, *map(id, state.values()))
 
-    `lr_scale` starts at `initial_scale`. Expects `check` to have passed.
+
+def is_complete(state: Mapping[str, Any], param: Tensor, amsgrad: bool) -> bool:
+    """Whether `complete` would change nothing."""
+    dtype, device = moment_dtype(param), param.device
+    for name in names_of(amsgrad):
+        value = state.get(name)
+        expected = torch.float32 if name in SCALARS else dtype
+        if value is None or value.dtype != expected or value.device != device or _lies_otherwise(value, param):
+            return False
+    return True
+
+
+def _lies_otherwise(value: Tensor, param: Tensor) -> bool:
+    """Whether an entry of the parameter's shape has another memory layout than the parameter."""
+    return value.shape == param.shape and not have_equal_layout(value, param) and is_dense(param)
+
+
+def complete(
+    state: State, param: Tensor, options: GroupOptions, lr_scale: Tensor | float, all_elements: bool = False
+) -> None:
+    """Create what is missing, at a parameter's first step; later, follow one that changed dtype, device or layout.
+
+    Args:
+        lr_scale: mu if there is none yet.
+        all_elements: see `sample_of`.
+
+    Expects `check` to have passed.
     """
-    for name, dtype in _expected_dtypes(param, options.path_dtype, options.amsgrad).items():
+    if "path" not in state or not all(name in state for name in WALK):
+        for name in ("path", *WALK):
+            state.pop(name, None)  # a path and what is expected of it start together
+    for name in names_of(options.amsgrad):
+        dtype = torch.float32 if name in SCALARS else moment_dtype(param)
         value = state.get(name)
         if value is None:
-            state[name] = _initial_value(name, dtype, param, options.initial_scale)
+            state[name] = _initial_value(name, dtype, param, options, lr_scale, all_elements)
         elif value.dtype != dtype or value.device != param.device:
             state[name] = value.to(device=param.device, dtype=dtype)
+        elif _lies_otherwise(value, param):
+            state[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
 
 
-def _initial_value(name: str, dtype: torch.dtype, param: Tensor, initial_scale: float) -> Tensor:
-    if name == "step":
-        return torch.zeros((), dtype=dtype, device=param.device)
-    if name == "lr_scale":
-        return torch.full((), initial_scale, dtype=dtype, device=param.device)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+def _initial_value(
+    name: str, dtype: torch.dtype, param: Tensor, options: GroupOptions, lr_scale: Tensor | float, all_elements: bool
+) -> Tensor:
+    if name == "lr_scale" and isinstance(lr_scale, Tensor):
+        return lr_scale.detach().to(param.device, dtype, copy=True)
+    if name in SCALARS:
+        value = lr_scale if name == "lr_scale" else 0.0
+        return torch.full((), cast(float, value), dtype=dtype, device=param.device)
+    sample = sample_of(param, options.path_fraction, all_elements) if name == "path" else WHOLE
+    if sample == WHOLE:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    part = dtensors.local(param)
+    rows = torch.zeros(_local_shape(sample, param, part), dtype=dtype, device=part.device)
+    return dtensors.placed_as_shard(rows, param, sample.shape(param)) if part is not param else rows
 
 
-def share_scale(states: Iterable[State]) -> None:
+def _local_shape(sample: Sample, param: Tensor, part: Tensor) -> torch.Size:
+    """The shape of the path of this rank's part of a parameter."""
+    if part.numel() == 0:
+        inner = math.prod(part.shape[1:]) // sample.run * sample.kept
+        return torch.Size((0,) if param.dim() == 1 else (part.shape[0], inner))
+    return sample.shape(part)
+
+
+# --- the initial scale -----------------------------------------------------------------------------------------------
+
+
+def size_of(parts: Sequence[Tensor]) -> Tensor:
+    """How large tensors are: float64 [2], sum of squares and number of elements.
+
+    On the device of the first of them; deterministic, whatever their order. Nothing is read by the host.
+    """
+    parts = [part for part in parts if part.is_floating_point() and part.layout is torch.strided]
+    device = parts[0].device if parts else torch.device("cpu")
+    squares, numel = [torch.zeros((), dtype=scalar_dtype(device), device=device)], 0
+    for part in parts:
+        try:
+            squares.append(moved(_sum_of_squares(part), device))
+        except NotImplementedError:  # a subclass that only its own kernels can read
+            continue
+        numel += part.numel()
+    total = fixed_order_sum(torch.sort(torch.stack(squares)).values)
+    return torch.stack([total, torch.full_like(total, numel)])
+
+
+def size_of_group(params: Sequence[Tensor]) -> Tensor:
+    """`size_of` the parameters that are trained, for one rank alone."""
+    trained = [param for param in params if param.requires_grad or param.grad is not None]
+    return size_of([dtensors.local(param.detach()) for param in trained])
+
+
+def _sum_of_squares(tensor: Tensor) -> Tensor:
+    dtype = scalar_dtype(tensor.device)
+    pieces = [fixed_order_sum(p.to(dtype).square()) for p in torch.split(tensor.reshape(-1), _SIZE_PIECE)]
+    return fixed_order_sum(torch.stack(pieces))
+
+
+def cautious_scale(size: Tensor, lr: float | Tensor, options: GroupOptions) -> Tensor:
+    """mu with which the first step is small beside the parameters, however large lr is; see docs/algorithm.md.
+
+    Steps relative to the size of what they change are those of LARS (You et al., arXiv 1708.03888), Adafactor (Shazeer
+    and Stern, arXiv 1804.04235, section 8) and LAMB (You et al., arXiv 1904.00962), which take them all along.
+
+    Args:
+        size: of `size_of`.
+
+    Returns:
+        0-dim float32, min(1, 0.01 RMS / lr) within the scale's bounds; 1 where RMS or lr is 0, or RMS is not finite.
+    """
+    if isinstance(lr, Tensor):
+        lr = moved(lr, size.device).reshape(()).to(size.dtype)
+    scale = _CAUTIOUS_SHARE * torch.sqrt(size[0] / size[1]) / lr
+    scale = torch.where(torch.isfinite(scale) & (scale > 0.0), scale.clamp(max=1.0), 1.0)
+    return scale.clamp(options.scale_low, options.scale_high).to(torch.float32)
+
+
+def shared_scales(states: Iterable[State]) -> dict[torch.device, Tensor]:
     """Make all states of one device hold the same `lr_scale` tensor (AdamClaraGlobal), the first one found.
 
     One tensor per device is what keeps "the same value in every parameter's state" true without a write per parameter.
+
+    Returns:
+        the tensors, by device.
     """
-    source: Tensor | None = None
     shared: dict[torch.device, Tensor] = {}
     for state in states:
         scale = state.get("lr_scale")
         if scale is None:
             continue
-        if source is None:
-            source = scale
         if scale.device not in shared:
+            source = next(iter(shared.values()), scale)
             shared[scale.device] = moved(source, scale.device)
         state["lr_scale"] = shared[scale.device]
+    return shared
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -119,52 +315,114 @@ class Verbatim:
 
 
 def shield(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state dict with every state value wrapped in `Verbatim`."""
+    """Copy a state dict with the optimizer's own state values wrapped in `Verbatim`."""
     shielded = {
-        key: {name: Verbatim(value) for name, value in entry.items()} if isinstance(entry, Mapping) else entry
+        key: {name: Verbatim(value) if name in NAMES else value for name, value in entry.items()}
+        if isinstance(entry, Mapping)
+        else entry
         for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": shielded}
 
 
+# Entries of param groups that other optimizers write into checkpoints: torch's switches, apex's count of steps.
+_FOREIGN = ("foreach", "capturable", "differentiable", "fused", "bias_correction", "step")
+# Of version 1 of these optimizers, whose rule was another one: the numbers of its rule mean nothing here.
+_VERSION_1 = ("deferred", "path_dtype", "accumulate")
+_RULE_OF_VERSION_1 = ("smoothing", "damping", "reference", "clip", "lr_smoothing", "initial_scale", "scale_bounds")
+
+
+def adopt_group(group: dict[str, Any], template: Mapping[str, Any], option_names: Iterable[str]) -> None:
+    """Give a loaded param group the options of this optimizer: those it lacks as `template` has them."""
+    if "smoothing" not in group:  # not from one of these optimizers
+        dropped: tuple[str, ...] = _FOREIGN
+    elif _VERSION_1[0] in group:
+        dropped = (*_VERSION_1, *_RULE_OF_VERSION_1)
+    else:
+        dropped = ()
+    for name in dropped:
+        group.pop(name, None)
+    for name in option_names:
+        group.setdefault(name, template[name])
+
+
 def adopt(
     entry: Mapping[str, Any],
     param: Tensor,
-    group: Mapping[str, Any],
+    options: GroupOptions,
     group_step: Any,
-    group_index: int,
-    param_index: int,
+    location: tuple[int, int],
+    all_elements: bool,
 ) -> dict[str, Any]:
     """Turn one parameter's loaded state into state of its own: own memory, the parameter's layout, exact dtypes.
 
-    A state of another Adam is completed: `path` starts at zeros, `lr_scale` at the group's `initial_scale`, `step` at
-    the group's (`group_step`, as apex writes it).
+    A state of another Adam is completed: path and walk start anew, `lr_scale` at the group's `initial_scale` (cautious:
+    at 1, as the parameter has been trained at this rate), `step` at the group's (`group_step`, as apex writes it). A
+    path that does not fit starts anew as well, a whole one is sampled.
 
     Raises:
         ValueError: not the state of an Adam, or of a parameter of another shape.
     """
-    values = {name: value.value if isinstance(value, Verbatim) else value for name, value in entry.items()}
-    if not values:
-        return {}
-    if "step" not in values and group_step is not None:
-        values["step"] = group_step
-    amsgrad = "max_exp_avg_sq" in values
-    dtypes = _expected_dtypes(param, group["path_dtype"], amsgrad)
-    for name, initial in (("path", 0.0), ("lr_scale", group["initial_scale"])):
-        if name not in values:
-            values[name] = _initial_value(name, dtypes[name], param, initial)
-    for name in ("step", "lr_scale"):
-        if name in values:
-            scalar = torch.as_tensor(dtensors.whole(values[name]), dtype=torch.float32)
-            values[name] = scalar.reshape(()) if scalar.numel() == 1 else scalar
-    validation.check_state(values, param, group_index, param_index, _expected_shapes(param, dtypes))
-    return {
-        name: _own_copy(value, param, dtypes[name]) if name in dtypes else value for name, value in values.items()
-    }
+    own = {name: value.value for name, value in entry.items() if isinstance(value, Verbatim)}
+    others = {name: value for name, value in entry.items() if not isinstance(value, Verbatim)}
+    others = {name: value.clone() if isinstance(value, Tensor) else value for name, value in others.items()}
+    if not own:
+        return others
+    if "step" not in own and group_step is not None:
+        own["step"] = group_step
+    for name in SCALARS:
+        if name in own:
+            value = dtensors.whole(own[name]) if isinstance(own[name], Tensor) else own[name]
+            device = value.device if isinstance(value, Tensor) else "cpu"
+            value = torch.as_tensor(value, dtype=torch.float32, device=device)
+            own[name] = value.reshape(()) if value.numel() == 1 else value
+    path = own.pop("path", None)
+    for name in ("step", *MOMENTS[:2]):
+        own.setdefault(name, None)
+    check(own, param, *location)
+    loaded = {name: _own_copy(value, param, name) for name, value in own.items()}
+    if path is not None and all(name in own for name in WALK):
+        path = _adopted_path(path, param, options, all_elements)
+        if path is not None:
+            loaded["path"] = path
+    complete(loaded, param, options, trained_scale(options), all_elements)
+    return {**others, **loaded}
 
 
-def _own_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
-    if value.shape == _SCALAR_SHAPE and param.shape != _SCALAR_SHAPE:
-        return value.detach().to(device=param.device, dtype=dtype, copy=True)
-    own = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+def trained_scale(options: GroupOptions) -> float:
+    """mu of a parameter that another optimizer has trained at this rate."""
+    return options.initial_scale if options.initial_scale and options.adapt_lr else 1.0
+
+
+def _own_copy(value: Tensor, param: Tensor, name: str) -> Tensor:
+    if name in SCALARS:
+        return value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+    own = torch.empty_like(param, dtype=moment_dtype(param), memory_format=torch.preserve_format, requires_grad=False)
     return own.copy_(dtensors.placed_like(value, param))
+
+
+def _adopted_path(path: Tensor, param: Tensor, options: GroupOptions, all_elements: bool) -> Tensor | None:
+    """A loaded path in the layout that this optimizer gives the parameter's; None if it does not fit."""
+    if not isinstance(path, Tensor) or not path.is_floating_point():
+        return None
+    sample = sample_of(param, options.path_fraction, all_elements)
+    if path.shape == param.shape:
+        whole = _own_copy(path, param, "path")
+        if sample == WHOLE:
+            return whole
+        own = _initial_value("path", whole.dtype, param, options, 0.0, all_elements)
+        part = dtensors.local(own)
+        part.copy_(sample.view(in_storage_order(dtensors.local(whole))).reshape(part.shape))
+        return own
+    if path.shape != sample.shape(param):
+        return None
+    own = _initial_value("path", moment_dtype(param), param, options, 0.0, all_elements)
+    return own.copy_(dtensors.placed_like(path, own))
+
+
+def in_storage_order(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor as a flat view, in the order in which they lie in memory."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]), reverse=True)
+    return tensor.permute(order).reshape(-1)

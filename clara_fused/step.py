@@ -1,14 +1,18 @@
-"""What a back end works on: tensors of a step, and the three verbs it offers for them."""
+"""A step: gather -> measure -> adapt -> update. What its parts hand to each other, and what a back end has to offer.
+
+Words: a *tensor* is a parameter with its gradient and state, a *bucket* holds tensors that share device and dtypes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from . import adaptation
 from .options import GroupOptions
 
 
@@ -25,50 +29,97 @@ class Location(NamedTuple):
 
 
 class TensorWork(NamedTuple):
-    """One parameter tensor that takes part in a step: validated, with its state prepared."""
+    """A parameter with a gradient, checked, with its state complete. Of a DTensor: this rank's part, of all of them."""
 
-    group_index: int
-    param_index: int
+    location: Location
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
 
-    @property
-    def location(self) -> Location:
-        return Location(self.group_index, self.param_index)
-
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What a step reads beside the tensors: options and learning rate per group, and the GradScaler's scalars."""
+    """What a step reads beside the tensors."""
 
     options: Sequence[GroupOptions]
+    """Per param group, checked."""
     lrs: Sequence[float | Tensor]
+    """Per param group, checked; a tensor has one element, on any device."""
     grad_scale: Tensor | None
+    """A GradScaler's, one element; gradients are to be divided by it."""
     found_inf: Tensor | None
+    """A GradScaler's, one element; where it is not 0 nothing is changed."""
+    one_scale: bool
+    """AdamClaraGlobal: one learning-rate scale follows the evidence of all tensors."""
 
 
-class Batch(Protocol):
-    """Tensors that share device and dtypes, in one back end, in one step. Called in the order measure, adapt, apply."""
+class Bucket(Protocol):
+    """Tensors of one device and dtypes, in one back end, for one step.
 
-    works: Sequence[TensorWork]
-    """The tensors; a batch kept for later steps lets go of them."""
+    Either `step`, or `measure`, `advance`, `rescale`, `update`, in this order. If the step's `found_inf` is set,
+    nothing is changed, and what is returned means nothing.
+    """
 
-    locations: Sequence[Location]
-    """Where they are among the param groups; in the order of `works`."""
+    @property
+    def locations(self) -> Sequence[Location]:
+        """Where the tensors are among the param groups; rows of sums and evidence are in this order."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def measure(self) -> Tensor:
-        """Update moments and path; under `deferred` also take the step, with the scales from before.
+        """Write the path. Returns float64 [n, 6] on `device`, columns of `adaptation.PathSums`; this rank's part."""
+        ...
+
+    def advance(self, sums: Tensor) -> Tensor:
+        """Count the step and move the walks on, by whole-tensor sums [n, 6].
 
         Returns:
-            float64 [n, 2] on the tensors' device: N_i, the squared norm of the path, and n_i * kappa_{t_i}.
+            float64 [n, 6] on `device`, columns of `adaptation.Evidence`.
         """
         ...
 
-    def adapt(self, sums: Tensor | None) -> None:
-        """Count the step and let each tensor's scale follow its `sums` [n, 2]; None: scales are set elsewhere."""
+    def rescale(self, evidence: Tensor) -> None:
+        """Let the scales follow the evidence: [n, 6], or [1, 6] for the one scale of all tensors."""
         ...
 
-    def apply(self) -> None:
-        """Take the step with the scales as they are now; nothing under `deferred`."""
+    def update(self) -> None:
+        """Write moments and parameters, at the new rates."""
         ...
+
+    def step(self) -> None:
+        """All four in one go, where no other bucket and no other rank has a part in the evidence."""
+        ...
+
+
+class Ranks(Protocol):
+    """The other ranks' part in a step of sharded parameters; made by `distributed.sharding`."""
+
+    def whole_sums(self, buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tensor]:
+        """`measure`'s results with every sharded tensor's row summed over its shards; all ranks call this.
+
+        Also lets the scales of tensors follow that have a gradient on other ranks only.
+        """
+        ...
+
+    def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
+        """Evidence of all tensors on all ranks, float64 [6] (AdamClaraGlobal); all ranks call this."""
+        ...
+
+    def size(self, group_index: int) -> Tensor:
+        """Float64 [2], `state.size_of` the whole parameters of a group; sends nothing."""
+        ...
+
+
+def adapt_one_scale(total: Tensor, scales: Iterable[Tensor], inputs: StepInputs) -> None:
+    """Let the one scale of AdamClaraGlobal follow the total evidence [6], on every device that holds it."""
+    scales = list(scales)
+    if not scales:  # a rank without parameters
+        return
+    scale = moved(scales[0], total.device)
+    adapted = adaptation.adapted_scales(scale, total, inputs.options[0])
+    if inputs.found_inf is not None:
+        adapted = torch.where(moved(inputs.found_inf, total.device).reshape(()) != 0, scale, adapted)
+    for target in scales:
+        target.copy_(moved(adapted, target.device))

@@ -1,13 +1,14 @@
-"""Measure and apply in plain PyTorch: runs everywhere, and is what the compiled core is tested against.
+"""Measure and update in plain PyTorch: runs everywhere, and is what the compiled core is tested against.
 
-Temporary memory is bounded by working on pieces of tensors: see `Chunk`.
+Works on blocks: a piece of one large tensor, in its own memory where that can be viewed flat, or a stack of small
+tensors of equal shape, copied together because a call for each of them would cost more than the copies. So temporary
+memory is bounded, and on a CPU a block stays in a core's cache from its first operation to its last.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,322 +16,426 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adaptation
-from .batches import Location, StepInputs, TensorWork, moved
-from .options import GroupOptions, Variant
-from .profiling import profiler_range
-from .state import moment_dtype
+from . import adaptation, profiling, tensors
+from .options import GroupOptions, readable
+from .state import WALK, WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
+from .step import Location, StepInputs, TensorWork, moved
 
-# Arithmetic-dtype temporaries alive at once per element of a chunk: direction and denominator or scaled gradient,
-# plus squares; with a GradScaler's found_inf also copies of parameter, moments and path to go back to.
-_TEMPORARIES = 3
-_TEMPORARIES_WITH_UNDO = 8
-# Below this a bound would only cost time.
-_MIN_TEMPORARY_BYTES = 1 << 18
-# On the CPU pieces that stay in a core's cache are faster than whole tensors; a GPU wants few, large launches.
-_DEFAULT_TEMPORARY_BYTES = {"cpu": 4 << 20}
-_DEFAULT_TEMPORARY_BYTES_ELSEWHERE = 256 << 20
-_NORM_BLOCK = 1024
+# Elements of a block. On the CPU its five arrays are to stay in a core's cache; a GPU wants few, large launches.
+_BLOCK = {"cpu": 1 << 17}
+_BLOCK_ELSEWHERE = 1 << 24
+_SMALL = 1 << 14  # tensors up to this size are stacked
+_SUM_BLOCK = 1024  # elements whose sum is taken in the arithmetic type, and in float64 across
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Equally shaped pieces (views) of tensors, small enough together to bound the temporaries of working on them.
+class _Block:
+    """Pieces (views) of tensors, all of one shape; `rows` says which tensors of the bucket they belong to."""
 
-    `rows[j]` is the index in its batch of the tensor that piece j belongs to.
-    """
-
-    rows: list[int]
+    rows: slice
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    paths: list[Tensor]
     max_exp_avg_sqs: list[Tensor]  # empty without amsgrad
+    paths: list[Tensor]
+    sample: Sample
+
+
+class TorchBucket:
+    """Tensors of one param group that share device and dtypes; implements `step.Bucket`."""
+
+    def __init__(self, works: Sequence[TensorWork], inputs: StepInputs) -> None:
+        first = works[0]
+        group_index = first.location.group_index
+        self.options: GroupOptions = inputs.options[group_index]
+        self.device = first.param.device
+        self._one_scale = inputs.one_scale
+        self._dtype = moment_dtype(first.param)
+        self._units = _units_of(works)
+        self._works = [work for unit in self._units for work in unit]
+        self.locations: Sequence[Location] = [work.location for work in self._works]
+        # Whether reading scalars does not wait: they become plain numbers then.
+        self._on_host = readable(first.state["step"])
+        self._lr = self._scalar(inputs.lrs[group_index])
+        self._moves = self._lr != 0.0
+        self._grad_scale = self._scalar(inputs.grad_scale)
+        self._scales: Tensor | None = None
+        found_inf = self._scalar(inputs.found_inf)
+        self._skipped = isinstance(found_inf, float) and found_inf != 0.0
+        self._undo = found_inf != 0.0 if isinstance(found_inf, Tensor) else None  # decided on the device
+
+    def _scalar(self, value: float | Tensor | None) -> Any:
+        """A number where the host has it, else a 0-dim tensor on the bucket's device; None stays None."""
+        if not isinstance(value, Tensor):
+            return value
+        value = moved(value.detach(), self.device).reshape(()).to(adaptation.scalar_dtype(self.device))
+        return float(value) if self._on_host and readable(value) else value
 
     @property
-    def second_moments(self) -> list[Tensor]:
-        """What the denominator is made from."""
-        return self.max_exp_avg_sqs or self.exp_avg_sqs
+    def params(self) -> Sequence[Tensor]:
+        """See `step.Bucket`."""
+        return [work.param for work in self._works]
 
+    # --- the verbs ---
 
-def split_pieces(tensors: Sequence[Tensor], max_elements: int) -> Iterator[Sequence[Tensor]]:
-    """Cut equally shaped tensors, of any strides, into views of at most `max_elements` (at least 1) elements each."""
-    first = tensors[0]
-    if first.numel() <= max_elements:
-        yield tensors
-        return
-    dim = max(range(first.dim()), key=lambda d: first.shape[d])
-    size = first.shape[dim]
-    rows = max(1, max_elements * size // first.numel())
-    for start in range(0, size, rows):
-        piece = [t.narrow(dim, start, min(rows, size - start)) for t in tensors]
-        yield from split_pieces(piece, max_elements) if rows == 1 else (piece,)
+    def step(self) -> None:
+        """See `step.Bucket`."""
+        evidence = self.advance(self.measure())
+        self.rescale(adaptation.total_evidence([evidence]).unsqueeze(0) if self._one_scale else evidence)
+        self.update()
 
+    def measure(self) -> Tensor:
+        """See `step.Bucket`."""
+        with profiling.range_of("measure", len(self._works)):
+            shape = (len(self._works), len(adaptation.PathSums._fields))
+            sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
+            if self._skipped:
+                return sums
+            per_unit = [self._measure_unit(unit) for unit in self._blocks(sampled=True)]
+            sums[:, :-1] = torch.cat(per_unit, dim=1).T
+            # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
+            # that has long been somebody else's.
+            start = 0
+            for unit in self._units:
+                sums[start : start + len(unit), -1] = unit[0].param.numel()
+                start += len(unit)
+            return sums
 
-def sum_of_squares(tensor: Tensor) -> Tensor:
-    """Sum of squares in float64: blocks in the tensor's own precision, float64 across blocks, in a fixed order.
+    def advance(self, sums: Tensor) -> Tensor:
+        """See `step.Bucket`."""
+        with profiling.range_of("adapt", len(self._works)):
+            sums = moved(sums, self.device)
+            if self._skipped:
+                return sums.new_zeros(len(self._works), len(adaptation.Evidence._fields))
+            steps = self._steps + 1.0
+            walks = torch.stack([torch.stack(self._entries(name)) for name in WALK], dim=-1)
+            walks = adaptation.advanced_walks(walks, sums, self.options, steps, self._moves)
+            for name, values in zip(WALK, walks.unbind(-1), strict=True):
+                self._write(self._entries(name), values)
+            self._write(self._entries("step"), steps)
+            return adaptation.evidence_of(sums, walks, self.options, steps, self._moves)
 
-    Returns:
-        0-dim float64 (float32 where the device has no float64).
-    """
-    squares = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    torch.mul(tensor, tensor, out=squares)
-    squares = squares.view(-1)
-    whole = squares.numel() // _NORM_BLOCK * _NORM_BLOCK
-    blocks = torch.cat([squares[:whole].view(-1, _NORM_BLOCK).sum(1), squares[whole:].sum(0, keepdim=True)])
-    return adaptation.fixed_order_sum(blocks.to(_scalar_dtype(tensor.device)))
+    def rescale(self, evidence: Tensor) -> None:
+        """See `step.Bucket`."""
+        if self._skipped:
+            return
+        with profiling.range_of("adapt", len(self._works)):
+            targets = self._entries("lr_scale")[: len(evidence)]  # the one of all tensors, or each tensor's
+            evidence = moved(evidence, self.device)
+            scales = adaptation.adapted_scales(torch.stack(targets), evidence, self.options)
+            self._scales = self._write(targets, scales)
 
+    def update(self) -> None:
+        """See `step.Bucket`."""
+        if self._skipped:
+            return
+        with profiling.range_of("update", len(self._works)):
+            scales = self._scales  # None: one for all, which has been adapted elsewhere
+            if scales is None:
+                scales = self._works[0].state["lr_scale"].unsqueeze(0)
+            rates = scales.to(adaptation.scalar_dtype(self.device)).expand(len(self._works)) * self._lr
+            corrections = _Corrections(self, self._steps + 1.0, rates)
+            for unit in self._blocks(sampled=False):
+                for block in unit:
+                    self._update_block(block, corrections)
 
-def _totals(pieces: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The sum of each tensor's pieces, [n]."""
-    return torch.stack([adaptation.fixed_order_sum(torch.stack(list(norms))) for norms in pieces])
+    # --- scalars ---
 
+    def _entries(self, name: str) -> list[Tensor]:
+        return [work.state[name] for work in self._works]
 
-def _scalar_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of per-tensor scalars: a few numbers, so full precision wherever there is any."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    @cached_property
+    def _steps(self) -> Tensor:
+        """Steps taken before this one, [n]."""
+        return torch.stack(self._entries("step")).to(adaptation.scalar_dtype(self.device))
 
+    def _write(self, targets: list[Tensor], values: Tensor) -> Tensor:
+        """Write scalars, [n]; returns what stands there then."""
+        values = values.to(targets[0].dtype)
+        if self._undo is not None:
+            values = torch.where(self._undo, torch.stack(targets), values)
+        self._distribute(values, targets)
+        return values
 
-def _bias_correction(beta: float, steps: Tensor) -> Tensor:
-    """1 - beta^t; expm1 keeps its relative accuracy also in float32."""
-    if beta == 0.0:
-        return torch.ones_like(steps)
-    return -torch.expm1(steps * math.log(beta))
+    def _distribute(self, values: Tensor, targets: list[Tensor]) -> None:
+        """Copy the rows of `values` to tensors of their own."""
+        if self._on_host:
+            torch.unbind_copy(values, 0, out=targets)  # makes no Python objects of the rows
+        else:
+            torch._foreach_copy_(targets, list(values.unbind()))
 
+    # --- blocks ---
 
-def _as(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors themselves if they have this dtype, else copies that do."""
-    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+    def _blocks(self, sampled: bool) -> Iterator[list[_Block]]:
+        """The blocks of each unit; `sampled`: sized by the elements that have a path."""
+        limit = _BLOCK.get(self.device.type, _BLOCK_ELSEWHERE)
+        start = 0
+        for unit in self._units:
+            if len(unit) == 1:
+                yield list(_pieces(unit[0], start, limit, sampled, self.options.amsgrad))
+            else:
+                yield list(_stacks(unit, start, limit, self.options.amsgrad))
+            start += len(unit)
 
+    def _load(self, pieces: list[Tensor], sample: Sample = WHOLE, copy: bool = False) -> Tensor:
+        """Pieces as an array [number of pieces, elements] in the arithmetic dtype; of one piece a view, if possible."""
+        if len(pieces) == 1:
+            flat = pieces[0].resolve_neg().reshape(-1)
+            flat = flat if sample == WHOLE else sample.view(flat).reshape(-1)
+            array = flat.unsqueeze(0)
+        else:
+            array = torch.stack(pieces).view(len(pieces), pieces[0].numel())
+        return array.to(self._dtype, copy=copy and _share_memory(array, pieces[0]))
 
-@contextmanager
-def _undone_if(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put the tensors back, bit for bit, if `found_inf` is set; decided on the device."""
-    if found_inf is None:
-        yield
-        return
-    before = [t.clone() for t in tensors]
-    yield
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(found_inf != 0, old, tensor))
+    def _store(self, values: Tensor, pieces: list[Tensor], keep: Tensor | None) -> None:
+        """Write an array back to its pieces, unless it is their memory; `keep`: leave them as they were where set."""
+        if keep is not None:
+            values = torch.where(keep, self._load(pieces), values)
+        if len(pieces) > 1:
+            self._distribute(values.view(len(pieces), *pieces[0].shape), pieces)
+        elif not _share_memory(values, pieces[0]):
+            pieces[0].copy_(values.view(pieces[0].shape))
 
+    def _gradient(self, block: _Block, sample: Sample) -> Tensor:
+        """The unscaled, signed and coupled-decayed gradient; never written into the user's."""
+        options = self.options
+        grad = self._load(block.grads, sample)
+        if self._grad_scale is not None:
+            grad = grad / self._grad_scale
+        if options.maximize:
+            grad = grad.neg()
+        if options.weight_decay and not options.decoupled_weight_decay:
+            if tensors.is_wrapper(block.params[0]):
+                param = block.params[0]
+                whole = grad.new_zeros(param.shape).add(param, alpha=options.weight_decay).unsqueeze(0)
+                grad = grad + self._load([whole], sample)
+            else:
+                grad = grad.add(self._load(block.params, sample), alpha=options.weight_decay)
+        return grad
 
-class TorchBatch:
-    """Tensors of one param group that share device and dtypes; implements `batches.Batch`."""
-
-    def __init__(
-        self,
-        works: Sequence[TensorWork],
-        inputs: StepInputs,
-        variant: Variant,
-        max_temporary_bytes: int | None,
-    ) -> None:
-        self.works = works
-        self.locations: Sequence[Location] = [work.location for work in works]
-        self.variant = variant
-        first = works[0]
-        self.options: GroupOptions = inputs.options[first.group_index]
-        self.device = first.param.device
-        self.arithmetic = moment_dtype(first.param)
-        self.lr = inputs.lrs[first.group_index]
-        self.grad_scale = self._scalar(inputs.grad_scale)
-        self.found_inf = self._scalar(inputs.found_inf)
-        self.max_temporary_bytes = max_temporary_bytes
-
-    def _scalar(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None else moved(value, self.device).reshape(())
+    def _new_moments(self, block: _Block, grad: Tensor, sample: Sample, copy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """m, v, and what the denominator is made of: v or its running maximum. In place unless `copy`."""
+        options = self.options
+        m = self._load(block.exp_avgs, sample, copy).lerp_(grad, 1.0 - options.beta1)
+        v = self._load(block.exp_avg_sqs, sample, copy)
+        v.mul_(options.beta2).addcmul_(grad, grad, value=1.0 - options.beta2)
+        if not block.max_exp_avg_sqs:
+            return m, v, v
+        maximum = self._load(block.max_exp_avg_sqs, sample, copy)
+        return m, v, torch.maximum(maximum, v, out=maximum)
 
     # --- measure ---
 
-    def measure(self) -> Tensor:
-        """See `batches.Batch.measure`."""
-        with self._profiled("measure_and_apply" if self.options.deferred else "measure"):
-            return self._measure()
+    def _measure_unit(self, blocks: list[_Block]) -> Tensor:
+        """The columns of `adaptation.PathSums` but the last, [5, tensors of the unit]."""
+        corrections = self._corrections_of_measure
+        parts = [self._measure_block(block, corrections) for block in blocks]
+        if len(parts) == 1:
+            return parts[0]
+        if blocks[0].rows != blocks[1].rows:  # stacks
+            return torch.cat(parts, dim=1)
+        return adaptation.fixed_order_sum(torch.stack(parts))
 
-    def _profiled(self, verb: str) -> AbstractContextManager[Any]:
-        return profiler_range(verb, self.variant, len(self.works))
+    @cached_property
+    def _corrections_of_measure(self) -> _Corrections:
+        return _Corrections(self, self._steps + 1.0, None)
 
-    def _measure(self) -> Tensor:
-        path_norms: list[list[Tensor]] = [[] for _ in self.works]
-        step_norms: list[list[Tensor]] = [[] for _ in self.works]
-        for chunk in self._chunks():
-            of_path, of_step = self._measure_chunk(chunk)
-            for row, norm in zip(chunk.rows, of_path, strict=True):
-                path_norms[row].append(norm)
-            if self.options.measured_walk:
-                for row, norm in zip(chunk.rows, of_step, strict=True):
-                    step_norms[row].append(norm)
-        return torch.stack([_totals(path_norms), self._expected_path_sq(step_norms)], dim=-1)
+    def _measure_block(self, block: _Block, corrections: _Corrections) -> Tensor:
+        sample, options = block.sample, self.options
+        grad = self._gradient(block, sample)
+        step, _, second = self._new_moments(block, grad, sample, copy=True)
+        inverse_bias1, root_bias2 = corrections.of(block.rows)
+        denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
+        step.div_(denominator).mul_(inverse_bias1)
+        before = self._load(block.paths)
+        path = self._extended_path(before, step)
+        weight = None if options.reference else denominator
+        sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
+        self._store_path(path, block)
+        return sums * (sample.run / sample.kept)
 
-    def _expected_path_sq(self, step_norms: list[list[Tensor]]) -> Tensor:
-        """What a walk in place of the path is expected to give, [n]."""
-        reference = adaptation.reference_at(self._step_numbers, self.options)
-        if self.options.measured_walk:
-            return _totals(step_norms) * reference
-        # As arguments of kernels: a copy from the host would be repeated by a CUDA graph that has captured it, from
-        # memory that has long been somebody else's.
-        return torch.stack(torch._foreach_mul(list(reference.unbind()), [work.param.numel() for work in self.works]))
-
-    def _measure_chunk(self, chunk: Chunk) -> tuple[list[Tensor], list[Tensor]]:
-        """Update moments and path of a chunk.
+    def _sums_of_squares(self, arrays: Sequence[Tensor], weight: Tensor | None) -> Tensor:
+        """Sums of squares of arrays [rows, elements], and of their weights; None: all count alike.
 
         Returns:
-            the squared norm of each piece of the path; that of each piece of the step, or nothing if nobody asks.
+            float64 [number of arrays + 1, rows]; bitwise the same for any number of threads.
         """
-        changed = [*chunk.exp_avgs, *chunk.exp_avg_sqs, *chunk.paths, *chunk.max_exp_avg_sqs]
-        if self.options.deferred:
-            changed += chunk.params
-        with _undone_if(self.found_inf, changed):
-            self._update_moments(chunk)
-            direction = self._direction(chunk)
-            self._extend_path(chunk, direction)
-            step_norms = [sum_of_squares(step) for step in direction] if self.options.measured_walk else []
-            if self.options.deferred:
-                self._move_params(chunk, direction)
-            del direction
-        return [sum_of_squares(path) for path in _as(chunk.paths, self.arithmetic)], step_norms
+        count, numel = arrays[0].shape
+        padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
+        terms = torch.empty(len(arrays) + 1, count, padded, dtype=self._dtype, device=self.device)
+        for array, term in zip(arrays, terms[:, :, :numel], strict=False):
+            torch.mul(array, array, out=term)
+            if weight is not None:
+                term.mul_(weight)
+        terms[-1, :, :numel] = 1.0 if weight is None else weight
+        if numel == 0:
+            return terms.sum(-1, dtype=adaptation.scalar_dtype(self.device))
+        if padded != numel:
+            terms[:, :, numel:] = 0.0
+        # Rows of a bounded length, which PyTorch does not split over threads; then rows of doubles.
+        blocks = terms.view(len(arrays) + 1, count, -1, min(padded, _SUM_BLOCK)).sum(-1)
+        return blocks.to(adaptation.scalar_dtype(self.device)).sum(-1)
 
-    def _update_moments(self, chunk: Chunk) -> None:
-        options, grads = self.options, self._effective_gradients(chunk)
-        torch._foreach_mul_(chunk.exp_avgs, options.beta1)
-        torch._foreach_add_(chunk.exp_avgs, grads, alpha=1.0 - options.beta1)
-        torch._foreach_mul_(chunk.exp_avg_sqs, options.beta2)
-        torch._foreach_addcmul_(chunk.exp_avg_sqs, grads, grads, 1.0 - options.beta2)
-        if chunk.max_exp_avg_sqs:
-            torch._foreach_maximum_(chunk.max_exp_avg_sqs, chunk.exp_avg_sqs)
+    def _extended_path(self, before: Tensor, step: Tensor) -> Tensor:
+        """The path with this step; where lr is 0 nothing has moved."""
+        if self._moves is False:
+            return before
+        smoothing = self.options.smoothing
+        path = (before * (1.0 - smoothing)).add_(step, alpha=adaptation.path_gain(smoothing))
+        return path if self._moves is True else torch.where(self._moves, path, before)
 
-    def _effective_gradients(self, chunk: Chunk) -> list[Tensor]:
-        """Unscaled, signed and coupled-decayed gradients; never written into the user's."""
-        options, grads = self.options, _as(chunk.grads, self.arithmetic)
-        if self.grad_scale is not None:
-            grads = list(torch._foreach_div(grads, self.grad_scale.to(self.arithmetic)))
-        if options.maximize:
-            grads = list(torch._foreach_neg(grads))
-        if options.weight_decay and not options.decoupled_weight_decay:
-            grads = list(torch._foreach_add(grads, _as(chunk.params, self.arithmetic), alpha=options.weight_decay))
-        return grads
+    def _store_path(self, path: Tensor, block: _Block) -> None:
+        if isinstance(self._moves, Tensor):
+            rests = ~self._moves
+            self._store(path, block.paths, rests if self._undo is None else rests | self._undo)
+        elif self._moves:
+            self._store(path, block.paths, self._undo)
 
-    def _direction(self, chunk: Chunk) -> list[Tensor]:
-        """Adam's step u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)."""
-        denominators = torch._foreach_div(chunk.second_moments, [self._bias_corrections2[row] for row in chunk.rows])
-        torch._foreach_sqrt_(denominators)
-        torch._foreach_add_(denominators, self.options.eps)
-        torch._foreach_mul_(denominators, [self._bias_corrections1[row] for row in chunk.rows])
-        return list(torch._foreach_div(chunk.exp_avgs, denominators))
+    # --- update ---
 
-    def _extend_path(self, chunk: Chunk, direction: list[Tensor]) -> None:
-        paths = _as(chunk.paths, self.arithmetic)
-        torch._foreach_mul_(paths, self.options.path_decay)
-        torch._foreach_add_(paths, direction, alpha=self.options.path_gain)
-        if paths is not chunk.paths:
-            torch._foreach_copy_(chunk.paths, paths)
-
-    # --- adapt ---
-
-    def adapt(self, sums: Tensor | None) -> None:
-        """See `batches.Batch.adapt`."""
-        states = [work.state for work in self.works]
-        with self._profiled("adapt"):
-            if sums is not None:
-                self._write([state["lr_scale"] for state in states], self._adapted_scales(sums))
-            self._write([state["step"] for state in states], self._step_numbers)
-
-    def _adapted_scales(self, sums: Tensor) -> Tensor:
-        scales = torch.stack([work.state["lr_scale"] for work in self.works])
-        return adaptation.adapted_scales(scales, sums, self.options, self.variant)
-
-    def _write(self, targets: list[Tensor], values: Tensor) -> None:
-        with _undone_if(self.found_inf, targets):
-            torch._foreach_copy_(targets, list(values.unbind()))
-
-    # --- apply ---
-
-    def apply(self) -> None:
-        """See `batches.Batch.apply`."""
-        if self.options.deferred:
-            return
-        with self._profiled("apply"):
-            for chunk in self._chunks():
-                with _undone_if(self.found_inf, chunk.params):
-                    self._move_params(chunk, self._direction(chunk))
-
-    def _move_params(self, chunk: Chunk, direction: list[Tensor]) -> None:
-        """theta <- theta - lr mu (u + lambda theta); consumes `direction`."""
-        options, params = self.options, _as(chunk.params, self.arithmetic)
-        if options.weight_decay and options.decoupled_weight_decay:
-            torch._foreach_add_(direction, params, alpha=options.weight_decay)
-        rates = self._rates()
-        torch._foreach_mul_(direction, [rates[row] for row in chunk.rows])
-        torch._foreach_sub_(params, direction)
-        if params is not chunk.params:
-            torch._foreach_copy_(chunk.params, params)
-
-    def _rates(self) -> Sequence[Tensor]:
-        """lr * mu per tensor; lr is read here, on the device if it is a tensor."""
-        scales = torch.stack([work.state["lr_scale"] for work in self.works]).to(_scalar_dtype(self.device))
-        if isinstance(self.lr, Tensor):
-            rates = scales * moved(self.lr, self.device).reshape(()).to(scales.dtype)
+    def _update_block(self, block: _Block, corrections: _Corrections) -> None:
+        options, undo = self.options, self._undo
+        grad = self._gradient(block, WHOLE)
+        m, v, second = self._new_moments(block, grad, WHOLE, copy=undo is not None)
+        inverse_bias1, root_bias2 = corrections.of(block.rows)
+        rate = corrections.rate(block.rows)
+        # theta - rate * (m / bias1) / (sqrt(v) / root_bias2 + eps), with root_bias2 moved out of the denominator.
+        denominator = second.sqrt().add_(options.eps * root_bias2)
+        gain = -rate * inverse_bias1 * root_bias2
+        if tensors.is_wrapper(block.params[0]):
+            self._move_wrapper(block.params[0], m, denominator, gain, rate)
         else:
-            rates = scales * self.lr
-        return rates.to(self.arithmetic).unbind()
+            param = self._load(block.params, copy=undo is not None)
+            if options.weight_decay and options.decoupled_weight_decay:
+                param.mul_(1.0 - rate * options.weight_decay)
+            if isinstance(gain, float):
+                param.addcdiv_(m, denominator, value=gain)
+            else:
+                param.addcmul_(torch.div(m, denominator, out=denominator), gain)
+            self._store(param, block.params, undo)
+        self._store(m, block.exp_avgs, undo)
+        self._store(v, block.exp_avg_sqs, undo)
+        if block.max_exp_avg_sqs:
+            self._store(second, block.max_exp_avg_sqs, undo)
 
-    # --- per-tensor scalars of the step ---
-
-    @cached_property
-    def _step_numbers(self) -> Tensor:
-        """t of the step being taken, [n]."""
-        steps = torch.stack([work.state["step"] for work in self.works])
-        return steps.to(_scalar_dtype(self.device)) + 1.0
-
-    @cached_property
-    def _bias_corrections1(self) -> Sequence[Tensor]:
-        return _bias_correction(self.options.beta1, self._step_numbers).to(self.arithmetic).unbind()
-
-    @cached_property
-    def _bias_corrections2(self) -> Sequence[Tensor]:
-        return _bias_correction(self.options.beta2, self._step_numbers).to(self.arithmetic).unbind()
-
-    # --- chunks ---
-
-    def _temporary_bytes(self) -> int:
-        """Scratch budget: what the user allows, and never more than one copy of the batch's parameters."""
-        allowed = self.max_temporary_bytes
-        if allowed is None:
-            allowed = _DEFAULT_TEMPORARY_BYTES.get(self.device.type, _DEFAULT_TEMPORARY_BYTES_ELSEWHERE)
-        params = sum(work.param.numel() * work.param.element_size() for work in self.works)
-        return min(allowed, max(params, _MIN_TEMPORARY_BYTES))
-
-    def _chunks(self) -> Iterator[Chunk]:
-        temporaries = _TEMPORARIES if self.found_inf is None else _TEMPORARIES_WITH_UNDO
-        max_elements = max(1, self._temporary_bytes() // (temporaries * self.arithmetic.itemsize))
-        names = ["exp_avg", "exp_avg_sq", "path"] + (["max_exp_avg_sq"] if self.options.amsgrad else [])
-        rows: list[int] = []
-        pieces: list[Sequence[Tensor]] = []
-        elements = 0
-        for row, work in enumerate(self.works):
-            tensors = [work.param.detach(), work.grad, *(work.state[name] for name in names)]
-            for piece in split_pieces(tensors, max_elements):
-                if rows and elements + piece[0].numel() > max_elements:
-                    yield self._chunk(rows, pieces)
-                    rows, pieces, elements = [], [], 0
-                rows.append(row)
-                pieces.append(piece)
-                elements += piece[0].numel()
-        if rows:
-            yield self._chunk(rows, pieces)
-
-    def _chunk(self, rows: list[int], pieces: list[Sequence[Tensor]]) -> Chunk:
-        params, grads, exp_avgs, exp_avg_sqs, paths, *maximum = (list(column) for column in zip(*pieces, strict=True))
-        return Chunk(rows, params, grads, exp_avgs, exp_avg_sqs, paths, maximum[0] if maximum else [])
+    def _move_wrapper(self, param: Tensor, m: Tensor, denominator: Tensor, gain: Any, rate: Any) -> None:
+        """With the operations that torch.optim.Adam uses, in the parameter's own shape: a subclass knows no others."""
+        options = self.options
+        if self._undo is not None:
+            gain, rate = (torch.where(self._undo, 0.0, each) for each in (gain, rate))
+        if options.weight_decay and options.decoupled_weight_decay:
+            decay = 1.0 - rate * options.weight_decay
+            param.mul_(decay.reshape(()) if isinstance(decay, Tensor) else decay)
+        param.addcdiv_((m * gain).view(param.shape), denominator.view(param.shape))
 
 
-def batches_of(
-    works: Sequence[TensorWork], inputs: StepInputs, variant: Variant, max_temporary_bytes: int | None
-) -> list[TorchBatch]:
-    """Sort the tensors of a step into batches of equal group, device and dtypes."""
-    sorted_works: dict[tuple[object, ...], list[TensorWork]] = {}
-    for work in works:
-        key = (work.group_index, work.param.device, work.param.dtype, work.grad.dtype)
-        sorted_works.setdefault(key, []).append(work)
-    return [TorchBatch(batch, inputs, variant, max_temporary_bytes) for batch in sorted_works.values()]
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
+
+
+class _Corrections:
+    """Per-tensor coefficients, for a block: plain numbers where the host has them and there is one, else columns."""
+
+    def __init__(self, bucket: TorchBucket, steps: Tensor, rates: Tensor | None) -> None:
+        options = bucket.options
+        steps = steps.to(adaptation.scalar_dtype(steps.device))
+        columns = [
+            1.0 / adaptation.bias_correction(options.log_beta1, steps),
+            adaptation.bias_correction(options.log_beta2, steps).sqrt(),
+            *([] if rates is None else [rates]),
+        ]
+        self._columns = [column.to(bucket._dtype).unsqueeze(1) for column in columns]
+        self._numbers = [column.tolist() for column in columns] if bucket._on_host else None
+
+    def _of(self, index: int, rows: slice) -> Any:
+        if self._numbers is not None and rows.stop - rows.start == 1:
+            return self._numbers[index][rows.start]
+        return self._columns[index][rows]
+
+    def of(self, rows: slice) -> tuple[Any, Any]:
+        """1 / (1 - beta1^t) and sqrt(1 - beta2^t)."""
+        return self._of(0, rows), self._of(1, rows)
+
+    def rate(self, rows: slice) -> Any:
+        """lr mu."""
+        return self._of(2, rows)
+
+
+def _units_of(works: Sequence[TensorWork]) -> list[list[TensorWork]]:
+    """Small tensors of equal shape together, all others alone."""
+    units: dict[Any, list[TensorWork]] = {}
+    for index, work in enumerate(works):
+        param, path = work.param, work.state["path"]
+        stackable = param.numel() <= _SMALL and path.shape == param.shape and type(param) in _PLAIN
+        key = param.shape if stackable and type(work.grad) in _PLAIN else index
+        units.setdefault(key, []).append(work)
+    return list(units.values())
+
+
+_PLAIN = (torch.nn.Parameter, Tensor)
+
+
+def _stacks(unit: list[TensorWork], start: int, limit: int, amsgrad: bool) -> Iterator[_Block]:
+    count = max(1, limit // max(1, unit[0].param.numel()))
+    for first in range(0, len(unit), count):
+        works = unit[first : first + count]
+        columns = [[work.state[name] for work in works] for name in ("exp_avg", "exp_avg_sq", "path")]
+        maxima = [work.state["max_exp_avg_sq"] for work in works] if amsgrad else []
+        params, grads = [work.param for work in works], [work.grad for work in works]
+        rows = slice(start + first, start + first + len(works))
+        yield _Block(rows, params, grads, columns[0], columns[1], maxima, columns[2], WHOLE)
+
+
+def _pieces(work: TensorWork, row: int, limit: int, sampled: bool, amsgrad: bool) -> Iterator[_Block]:
+    """Cut a tensor into views: flat ones where all of its tensors lie in memory alike, else along the outermost
+    dimension of the moments."""
+    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+    views = [work.param.detach(), work.grad.detach(), *(work.state[name] for name in names)]
+    path = work.state["path"]
+    sample = sample_of_path(work.param, path) or WHOLE
+    if sample == WHOLE:
+        views.append(path)
+    else:
+        path = path.view(-1)
+    per_row = 1  # elements of an index of the first dimension
+    if not tensors.is_wrapper(work.param):
+        m = views[2]
+        alike = all(view.stride() == m.stride() and not view.is_neg() for view in views) and tensors.is_dense(m)
+        if alike:
+            views = [in_storage_order(view) for view in views]
+        elif m.dim():
+            order = sorted(range(m.dim()), key=lambda dim: (m.stride(dim), m.shape[dim]), reverse=True)
+            views = [view.permute(order) for view in views]
+            per_row = m.numel() // max(1, views[2].shape[0])
+    else:
+        limit = work.param.numel()
+    size = views[0].shape[0] if views[0].dim() else 1
+    elements = limit * sample.run // sample.kept if sampled else limit
+    step = max(1, elements // max(1, per_row))
+    if per_row % sample.run:  # indices of the first dimension make a run
+        step = max(sample.run, step // sample.run * sample.run)
+    rows = slice(row, row + 1)
+    for first in range(0, max(size, 1), step):
+        count = min(step, size - first)
+        pieces = views if count == size else [view.narrow(0, first, count) for view in views]
+        if sample == WHOLE:
+            path_piece = pieces[-1]
+        else:
+            scale = per_row * sample.kept
+            path_piece = path.narrow(0, first * scale // sample.run, count * scale // sample.run)
+        maxima = [pieces[4]] if amsgrad else []
+        yield _Block(rows, [pieces[0]], [pieces[1]], [pieces[2]], [pieces[3]], maxima, [path_piece], sample)
+
+
+def buckets_of(works: Sequence[TensorWork], inputs: StepInputs) -> list[TorchBucket]:
+    """Sort the tensors of a step into buckets of equal group, device and dtypes.
+
+    Parameters that share memory with another one come alone, and in order, so that one step follows the other.
+    """
+    alone = tensors.overlapping([work.param for work in works])
+    sorted_works: dict[Any, list[TensorWork]] = {}
+    for index, work in enumerate(works):
+        key = (work.location.group_index, work.param.device, work.param.dtype, work.grad.dtype)
+        sorted_works.setdefault(index if index in alone else key, []).append(work)
+    return [TorchBucket(bucket, inputs) for bucket in sorted_works.values()]

@@ -73,6 +73,7 @@ struct MeasureCoefficients {
   AdamCoefficients<T> adam;
   T path_decay, path_gain;  // q, s
   bool moves;               // false where lr is 0: what does not move has no path and no vote
+  bool in_adams_metric;     // each element counts with its d; otherwise (a fixed reference) all count alike
 };
 
 template <typename T>
@@ -103,7 +104,7 @@ CLARA_HD double path_gain(double smoothing) { return std::sqrt(smoothing * (2.0 
 template <typename T>
 CLARA_HD MeasureCoefficients<T> measure_coefficients(const GroupOptions& options, T step, const float* grad_scale) {
   return {adam_coefficients<T>(options, step, grad_scale), static_cast<T>(1.0 - options.smoothing),
-          static_cast<T>(path_gain(options.smoothing)), learning_rate(options) != 0.0};
+          static_cast<T>(path_gain(options.smoothing)), learning_rate(options) != 0.0, options.reference == 0.0};
 }
 
 template <typename T>
@@ -173,17 +174,19 @@ CLARA_HD V extended_path(V path, V step, const MeasureCoefficients<T>& c) {
   return c.path_decay * path + c.path_gain * step;
 }
 
-// What one element adds to the sums of its tensor; see PathSums.
+// What one element adds to the sums of its tensor; see PathSums. `path_before`, `path`: without and with this step;
+// `grad` is the effective gradient.
 template <typename V>
 struct ElementSums {
-  V path_sq, step_sq, grad_sq, grad_path;
+  V path_sq, step_sq, grad_sq, path_before_sq, weight;
 };
 
-// `path_before`, `path`: without and with this step. `grad` is the effective gradient.
-template <typename V>
-CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d) {
+template <typename V, typename T>
+CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d, const MeasureCoefficients<T>& c) {
+  const V weight = c.in_adams_metric ? d : V{} + T(1);
   const V unit_grad = grad / d;
-  return {path * path, step * step, unit_grad * unit_grad, unit_grad * path_before};
+  return {weight * path * path, weight * step * step, weight * unit_grad * unit_grad,
+          weight * path_before * path_before, weight};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -191,82 +194,99 @@ CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d)
 // evidence also over tensors, which is all that AdamClaraGlobal adds to the others.
 // ---------------------------------------------------------------------------------------------------------------
 
-// Over the elements of a tensor that have a path, times numel / (number of those).
+// Over the elements of a tensor that have a path, times numel / (number of those). Squares are weighted with d: lengths
+// in the metric in which Adam's step is the steepest descent, so that an element counts as much as it matters for the
+// loss, and rows of words that do not occur cannot outvote those that do.
 struct PathSums {
-  double path_sq;    // N
-  double step_sq;    // U, of Adam's steps u
-  double grad_sq;    // G, of the gradients g~
-  double grad_path;  // X, of g~ times the path before this step
-  double numel;      // n, of all elements
+  double path_sq;         // N
+  double step_sq;         // U, of Adam's steps u
+  double grad_sq;         // G, of the gradients g~
+  double path_before_sq;  // N', of the path before this step, with the weights of this step
+  double weight;          // D, of the weights themselves
+  double numel;           // n, of all elements
 };
-constexpr int kPathSums = 5;
+constexpr int kPathSums = 6;
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
-// gradients that came, in whatever pattern they came. Kept in the state, 0-dim float32 each; zeros before the first step.
+// gradients that came, in whatever pattern they came. Kept in the state, 0-dim float32 each, in units of N: when the
+// weights change, the walk changes with the path, and their ratio stays. Zeros before the first step.
 struct WalkState {
-  float moment_sq;    // V: expected sum of m~^2, m~ = m/d
-  float path_moment;  // C: expected sum of path m~
-  float path_sq;      // P: expected sum of path^2
+  float moment_sq;    // V / N; V: expected sum of m~^2, m~ = m/d
+  float path_moment;  // C / N; C: expected sum of path m~
+  float path_sq;      // P / N; P: expected sum of path^2
 };
 constexpr int kWalkScalars = 3;
 
 // What the excess is computed from.
 struct Evidence {
-  double path_sq;    // N
-  double walk_sq;    // P
-  double step_sq;    // U (1 + beta1 q) / (1 - beta1 q): a walk's path^2 if all its steps were as long as this one
-  double grad_sq;    // G
-  double grad_path;  // X
-  double numel;      // n
+  double path_sq;       // N
+  double walk_sq;       // P
+  double unit_walk_sq;  // what P would be if all gradients were as long as Adam's memory of them
+  double step_sq;       // U
+  double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
+  double numel;         // n
 };
 constexpr int kEvidence = 6;
 
-// The walk after a step with these sums. `step` counts from 1. Kept as it was where a sum is not finite.
+CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
+
+// The walk after a step with these sums. `step` counts from 1. As it was where a sum is not finite or nothing has moved
+// yet.
 CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, const GroupOptions& options,
                                  double step) {
   const double beta1 = options.beta1, q = 1.0 - options.smoothing;
   const double bias1 = bias_correction<double>(options.log_beta1, step);
-  const bool moves = learning_rate(options) != 0.0;
-  // At a walk's first step the moments may be older than the path (a checkpoint of Adam's): their squares as they are.
+  const double before = sums.path_before_sq;
+  // Where there is no path yet, the moments may all the same be old (a checkpoint of Adam's): their squares as they are.
   // From a fresh start this is the recursion's own value.
-  const bool first = walk.path_sq == 0.0f;
-  const double moment_sq = first ? bias1 * bias1 * sums.step_sq
-                                 : beta1 * beta1 * walk.moment_sq + (1.0 - beta1) * (1.0 - beta1) * sums.grad_sq;
-  double path_moment = beta1 * walk.path_moment, path_sq = walk.path_sq;  // where nothing moves, only m does
-  if (moves) {
+  const double moment_sq = before == 0.0 ? bias1 * bias1 * sums.step_sq
+                                         : beta1 * beta1 * walk.moment_sq * before +
+                                               (1.0 - beta1) * (1.0 - beta1) * sums.grad_sq;
+  double path_moment = beta1 * walk.path_moment * before, path_sq = walk.path_sq * before;
+  if (learning_rate(options) != 0.0) {  // else only m has moved
     const double a = path_gain(options.smoothing) / bias1;
-    path_sq = q * q * walk.path_sq + 2.0 * q * a * path_moment + a * a * moment_sq;
+    path_sq = q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq;
     path_moment = q * path_moment + a * moment_sq;
   }
-  const WalkState next = {static_cast<float>(moment_sq), static_cast<float>(path_moment),
-                          static_cast<float>(path_sq)};
-  const float total = next.moment_sq + next.path_moment + next.path_sq;
-  return total - total == 0.0f ? next : walk;
+  const WalkState next = {static_cast<float>(moment_sq / sums.path_sq), static_cast<float>(path_moment / sums.path_sq),
+                          static_cast<float>(path_sq / sums.path_sq)};
+  return is_finite(next.moment_sq + next.path_moment + next.path_sq) ? next : walk;
+}
+
+// The expected path^2 of one element after many steps of unit white noise.
+CLARA_HD double unit_walk(const GroupOptions& options) {
+  const double beta1 = options.beta1, correlation = beta1 * (1.0 - options.smoothing);
+  return (1.0 - beta1) / (1.0 + beta1) * (1.0 + correlation) / (1.0 - correlation);
 }
 
 // Zeros, so no vote, where nothing moves or the gradients are all zero.
-CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const GroupOptions& options) {
+CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const GroupOptions& options, double step) {
   if (learning_rate(options) == 0.0 || sums.grad_sq == 0.0) return {};
-  const double correlation = options.beta1 * (1.0 - options.smoothing);
-  return {sums.path_sq, static_cast<double>(walk.path_sq),
-          sums.step_sq * (1.0 + correlation) / (1.0 - correlation), sums.grad_sq, sums.grad_path, sums.numel};
+  const double bias1 = bias_correction<double>(options.log_beta1, step);
+  return {sums.path_sq, walk.path_sq * sums.path_sq, unit_walk(options) * sums.weight, sums.step_sq, walk.moment_sq * sums.path_sq / (bias1 * bias1),
+          sums.numel};
 }
 
-CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
+// A ratio of sums over few elements says little: as if `neutral` more had shown the expected one.
+CLARA_HD double with_prior(double ratio, double numel, double neutral) {
+  return (numel * ratio + neutral) / (numel + neutral);
+}
+
+CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
+CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
 
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
-// PROVISIONAL: rule M of the explorations, until the study has found the final one.
 CLARA_HD double excess(const Evidence& e) {
-  constexpr double kPrior = 32.0;  // counts as so many elements of a neutral path: few elements say little
-  const double n = e.numel;
-  const double ratio = (n * (e.path_sq / e.walk_sq) + kPrior) / (n + kPrior);
-  double value = 0.0;
-  if (ratio > 1.25) value = 1.0 - 1.25 / ratio;
-  if (ratio < 0.6) value = 1.0 - 0.6 / ratio;
-  const double agreement = n / (n + kPrior) * e.grad_path / std::sqrt(e.grad_sq * e.path_sq);
-  const double walk = 0.6 * e.step_sq / e.path_sq;
-  if (agreement < -0.15 && walk > 1.0) value += 1.0 - walk;
-  return value;
+  // Long, also beside steps of a size that Adam remembers: gradients of that size may return at once.
+  const double above = with_prior(e.path_sq / larger(e.walk_sq, e.unit_walk_sq), e.numel, 32.0);
+  if (above > 1.25) return 1.0 - 1.25 / above;
+  // Short, and more so than steps that cancel as fast as the momentum can tell: those are of fast modes, which do not
+  // grow worse with time.
+  const double ratio = e.path_sq / e.walk_sq;
+  const double agreement = smaller(e.step_sq / e.step_walk_sq, 1.0);
+  const double rest = 0.5 * larger(agreement * agreement * agreement * agreement, 0.4);
+  const double below = larger(1.0 - 0.5 / with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio);
+  return below < 0.0 ? below : 0.0 * below;  // not a number stays none
 }
 
 // The rule as first published, for a fixed expectation of path^2 per element.
@@ -274,8 +294,9 @@ CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path
 
 // The next mu. It stays where adaptation is off, where a sum is not finite, and where nothing has moved.
 CLARA_HD float adapted_scale(float scale, const Evidence& e, const GroupOptions& options) {
+  const bool known = is_finite(e.path_sq + e.walk_sq + e.unit_walk_sq + e.step_sq + e.step_walk_sq);
   const double value = options.reference != 0.0 ? excess_over(options.reference, e) : excess(e);
-  if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !is_finite(value)) return scale;
+  if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !known || !is_finite(value)) return scale;
   double factor = std::exp(options.smoothing / (2.0 * options.damping) * value);
   factor = factor < options.clip_low ? options.clip_low : (factor > options.clip_high ? options.clip_high : factor);
   const double previous = static_cast<double>(scale), b = options.lr_smoothing;

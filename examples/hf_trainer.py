@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from clara_fused import AdamClaraSmoothed
 from clara_fused.integrations.telemetry import find_optimizer
-from clara_fused.integrations.transformers import AdamClaraCallback
+from clara_fused.integrations.transformers import AdamClaraCallback, adam_clara
 from tiny_text import CONTEXT, VOCABULARY, encoded_text
 
 
@@ -62,23 +62,26 @@ def main() -> None:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
+    args = TrainingArguments(
+        output_dir=str(arguments.folder),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        learning_rate=arguments.lr,
+        weight_decay=0.1,
+        warmup_steps=5,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        logging_steps=10,
+        save_steps=max(1, arguments.steps // 2),
+        report_to="none",
+    )
     trainer = Trainer(
         model=GPT2LMHeadModel(config),
-        args=TrainingArguments(
-            output_dir=str(arguments.folder),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,
-            learning_rate=arguments.lr,
-            warmup_steps=5,
-            lr_scheduler_type="cosine",
-            max_grad_norm=1.0,
-            logging_steps=10,
-            save_steps=max(1, arguments.steps // 2),
-            report_to="none",
-        ),
+        args=args,
         train_dataset=Windows(),
-        optimizer_cls_and_kwargs=(AdamClaraSmoothed, {}),
+        # The Trainer hands learning rate, betas and epsilon to its own optimizers only; this hands them over.
+        optimizer_cls_and_kwargs=adam_clara(AdamClaraSmoothed, args),
         callbacks=[AdamClaraCallback(), ScaleHistograms(arguments.folder / "tensorboard")],
     )
     trainer.train(resume_from_checkpoint=arguments.resume or None)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import lightning
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -46,10 +45,11 @@ class Model(lightning.LightningModule):
     def configure_optimizers(self):
         return AdamClaraSmoothed(self.parameters(), lr=self.hparams.lr)
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_train_batch_end(self, outputs, windows, index: int) -> None:
+        # `self.optimizers()` is Lightning's wrapper; the optimizer itself is inside.
         if self.logger is not None and self.global_step % self.trainer.log_every_n_steps == 0:
-            for index, scales in enumerate(self.optimizers().optimizer.lr_scales()):
-                self.logger.experiment.add_histogram(f"clara/group{index}/lr_scale", scales, self.global_step)
+            for group, scales in enumerate(self.optimizers().optimizer.lr_scales()):
+                self.logger.experiment.add_histogram(f"clara/group{group}/lr_scale", scales, self.global_step)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train on real data with Adam and with the optimizers that find their own learning rate, and compare.
 
-    python examples/train.py --data text --optimizer adam global --lr 1e-5 1e-3
-    python examples/train.py --data digits --optimizer smoothed --set lr_smoothing=0.8 --set deferred=True
+    python examples/train.py --data text --optimizer adam local --lr 1e-5 1e-3
+    python examples/train.py --data digits --optimizer smoothed --set lr_smoothing=0.8 --set initial_scale=1
     python examples/train.py --data my_notes.txt --optimizer local --steps 2000 --save checkpoints
     python examples/train.py --data my_notes.txt --optimizer local --steps 4000 --resume checkpoints
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", default="text", help="digits, text (source of Python's standard library), or a file or folder")
-    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["adam", "global"], metavar="NAME",
+    add("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=["adam", "local"], metavar="NAME",
         help=f"one or more of {', '.join(OPTIMIZERS)}")  # fmt: skip
     add("--lr", nargs="+", type=float, default=[1e-3], help="initial learning rates")
     add("--set", action="append", default=[], metavar="NAME=VALUE", dest="options",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from helpers import VARIANTS, why_not_core
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))  # the noise, which tests share with a program
 
 # Derandomized everywhere: a failure seen once is seen by everybody. HYPOTHESIS_PROFILE=search looks for new examples.
 hypothesis.settings.register_profile(
@@ -29,6 +33,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", 'slow: takes more than about 3 s; -m "not slow" leaves it out')
+
+
 @pytest.fixture(params=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -44,7 +52,9 @@ def fused(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(autouse=True)
 def _restore_torch_settings() -> Iterator[None]:
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+    if torch.get_default_device() != device:
+        torch.set_default_device(None)

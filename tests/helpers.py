@@ -5,12 +5,30 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from oracle import AdamState, Interval, Options, Oracle, adapted_scale, apply, measure, moves_scale, round_to
+from oracle import (
+    UNIT,
+    AdamStep,
+    Evidence,
+    Interval,
+    Options,
+    Oracle,
+    Sample,
+    TensorState,
+    Walk,
+    adam_step,
+    extended_path,
+    initial_scale,
+    next_scale_bounds,
+    round_to,
+    sums_of,
+    updated,
+)
 
 import clara_fused
 
@@ -21,19 +39,21 @@ VARIANTS = {
 }
 
 # Options that must agree in all groups under Global.
-GLOBAL_OPTIONS = (
-    "smoothing", "damping", "reference", "clip", "accumulate", "deferred", "initial_scale", "scale_bounds", "adapt_lr",
-)  # fmt: skip
-
-UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
+GLOBAL_OPTIONS = ("initial_scale", "smoothing", "damping", "clip", "reference", "scale_bounds", "adapt_lr")
 
 # Hyperparameters that make every effect of the method visible in a few steps: scales off 1, factors that are neither
 # clipped away nor one.
 LIVELY: dict[str, dict[str, Any]] = {
-    variant: {"lr": 0.05, "smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6), "weight_decay": 0.1}
+    variant: {
+        "lr": 0.05, "smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6), "weight_decay": 0.1, "initial_scale": 1.0,
+    }
     for variant in VARIANTS
-}
+}  # fmt: skip
 LIVELY["Smoothed"]["lr_smoothing"] = 0.6
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq")
+SCALARS = ("step", "lr_scale", *WALK)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -43,23 +63,22 @@ def name_of(dtype: torch.dtype) -> str:
 @cache
 def why_not_core(device: str, dtype: torch.dtype) -> str:
     """Empty if the compiled core serves tensors of this type, else the reason it gives."""
-    try:
-        from clara_fused.core_backend import core_status
-    except ImportError as error:
-        return str(error)
-    if reason := core_status(device, dtype):
-        return reason
     parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=device))
     parameter.grad = torch.ones_like(parameter)
     try:
         clara_fused.AdamClaraLocal([parameter], fused=True).step()
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         return str(error)
     return ""
 
 
 def core_available(device: str = "cpu", dtype: torch.dtype = torch.float32) -> bool:
     return not why_not_core(device, dtype)
+
+
+def unforced(fused: bool) -> bool | None:
+    """`fused` where PyTorch has to help out: the core takes what it can."""
+    return None if fused else False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,20 +171,34 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().to(torch.float64).numpy().copy()
 
 
+def storage_order(tensor: torch.Tensor) -> list[int]:
+    """Dimensions, outermost in memory first; those of one element are nowhere in particular."""
+    return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+
+
+def rows_outermost(tensor: torch.Tensor) -> bool:
+    axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] > 1]
+    return all(tensor.stride(axis) <= tensor.stride(0) for axis in axes) or tensor.shape[0] == 1
+
+
+def flat_array(tensor: torch.Tensor, order: Sequence[int]) -> np.ndarray:
+    return as_array(tensor.detach().permute(*order).reshape(-1) if order else tensor.detach().reshape(-1))
+
+
 def options_of(variant: str, group: dict[str, Any]) -> Options:
     """The oracle's options for a param group as it stands."""
     known = {key: group[key] for key in Options.__dataclass_fields__ if key in group}
     known["lr"] = float(known["lr"])
-    if known["path_dtype"] is not None:
-        known["path_dtype"] = name_of(known["path_dtype"])
-    return Options.of(variant, **known)
+    known["betas"] = tuple(float(beta) for beta in known["betas"])
+    if variant != "Smoothed":
+        known.pop("lr_smoothing", None)
+    return Options(**known)
 
 
 def oracle_for(variant: str, optimizer: torch.optim.Optimizer) -> Oracle:
-    """An oracle that starts where the optimizer's parameters are."""
-    return Oracle(
-        variant, [[AdamState(as_array(p), name_of(p.dtype)) for p in g["params"]] for g in optimizer.param_groups]
-    )
+    """An oracle that starts where the optimizer's (contiguous) parameters are."""
+    groups = [[TensorState(as_array(p), name_of(p.dtype)) for p in g["params"]] for g in optimizer.param_groups]
+    return Oracle(variant, groups)
 
 
 def oracle_step(oracle: Oracle, optimizer: torch.optim.Optimizer, **amp: Any) -> None:
@@ -203,8 +236,34 @@ def assert_follows_oracle(
             assert state["step"].item() == expected.step, where
             assert_close(state["exp_avg"], expected.m, tolerance, f"{where}: exp_avg")
             assert_close(state["exp_avg_sq"], expected.v, tolerance, f"{where}: exp_avg_sq")
-            assert_close(state["path"], expected.path, allowed(state["path"]), f"{where}: path")
+            assert_close(state["path"], expected.path, tolerance, f"{where}: path")
             assert_close(state["lr_scale"], expected.scale, tolerance, f"{where}: lr_scale")
+            for key, value in zip(WALK, walk_values(expected.walk), strict=True):
+                assert_close(state[key], value, tolerance, f"{where}: {key}")
+
+
+def walk_values(walk: Walk) -> tuple[Any, Any, Any]:
+    return walk.moment_sq, walk.path_moment, walk.path_sq
+
+
+@dataclass
+class _Before:
+    """A parameter with its state before a step; arrays in the parameter's storage order."""
+
+    options: Options
+    param: torch.Tensor
+    where: str
+    bits: Any
+    order: list[int]
+    theta: np.ndarray
+    grad: np.ndarray | None
+    step: int
+    scale: Interval
+    sample: Sample
+    walk: Walk
+    moments: dict[str, np.ndarray]
+    path: np.ndarray
+    unit: float
 
 
 class StepCheck:
@@ -214,112 +273,163 @@ class StepCheck:
     - moments, path, parameter: inside the interval that the formulas span when every operation is widened by 8 units of
       the arithmetic's roundoff (float32, or float64 for float64 parameters), then rounded to storage. Rounding is
       monotone, so the rounded ends bound the stored value: no allowance for the storage type is needed.
-    - scale: from the path norm of the path as the optimizer stored it, and the old scale.
-    - parameter: with the scale that the optimizer stored (deferred: had stored).
+    - walk: from the sums over the path as the optimizer stored it and over intervals of the steps.
+    - scale: from those sums, the walk as the optimizer stored it, and the old scale.
+    - parameter: with the scale that the optimizer stored.
     """
 
     def __init__(self, variant: str, optimizer: torch.optim.Optimizer):
         self.variant, self.optimizer = variant, optimizer
+        self._first_scales: dict[int, float] = {}  # by group
 
     def step(self, grad_scale: float | None = None, call: Callable[[], Any] | None = None) -> None:
         """Takes the step (`call`, or the optimizer's) and checks it."""
+        before = self._before()
+        (call or self.optimizer.step)()
+        active = []
+        for old in before:
+            if old.grad is None:
+                assert frozen(old.param) == old.bits, f"{old.where}: changed without a gradient"
+            else:
+                active.append(old)
+        steps, evidence = [], []
+        for old in active:
+            new = self._check_moments(old, grad_scale)
+            steps.append(new)
+            evidence.append(self._check_path_and_walk(old, new))
+        if self.variant == "Global":
+            evidence = [sum(evidence, Evidence())] * len(active)
+        for old, new, its_evidence in zip(active, steps, evidence, strict=True):
+            self._check_scale(old, its_evidence)
+            self._check_parameter(old, new)
+
+    # --- before ---
+
+    def _before(self) -> list[_Before]:
         groups = self.optimizer.param_groups
         options = [options_of(self.variant, g) for g in groups]
-        before = [[self._freeze(opt, p) for p in g["params"]] for opt, g in zip(options, groups, strict=True)]
-        (call or self.optimizer.step)()
+        return [
+            self._freeze(options, g, i, param)
+            for g, group in enumerate(groups)
+            for i, param in enumerate(group["params"])
+        ]
 
-        active: list[tuple[Options, dict[str, Any], torch.Tensor, str]] = []
-        for g, (opt, group) in enumerate(zip(options, groups, strict=True)):
-            for i, (param, old) in enumerate(zip(group["params"], before[g], strict=True)):
-                where = f"group {g}, parameter {i} {tuple(param.shape)} {param.dtype}"
-                if old["grad"] is None:
-                    assert frozen(param) == old["bits"], f"{where}: changed without a gradient"
-                else:
-                    active.append((opt, old, param, where))
-        norms, walks = [], []
-        for opt, old, param, where in active:
-            self._check_moments(opt, old, param, where, grad_scale)
-            path = as_array(self.optimizer.state[param]["path"])
-            norms.append(float(np.sum(path**2)))
-            walks.append(opt.expected_path_norm(old["step"] + 1, self._step_from_stored_moments(opt, param)))
-        if self.variant == "Global":
-            norms, walks = [sum(norms)] * len(active), [sum(walks)] * len(active)
-        for (opt, old, param, where), norm, walk in zip(active, norms, walks, strict=True):
-            self._check_scale(opt, old, param, where, norm, walk)
-            self._check_parameter(opt, old, param, where)
-
-    def _freeze(self, options: Options, param: torch.Tensor) -> dict[str, Any]:
-        old: dict[str, Any] = {"theta": as_array(param), "bits": frozen(param), "step": 0}
-        old["grad"] = None if param.grad is None else as_array(param.grad)
+    def _freeze(self, options: Sequence[Options], g: int, i: int, param: torch.Tensor) -> _Before:
         state = self.optimizer.state.get(param, {})
-        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "path"):
-            old[key] = as_array(state[key]) if key in state else np.zeros_like(old["theta"])
-        scale = options.initial_scale
-        if state:
-            old["step"], scale = int(state["step"].item()), state["lr_scale"].item()
-        elif self.variant == "Global":
-            scales = [s["lr_scale"].item() for s in self.optimizer.state.values()]
-            scale = scales[0] if scales else scale
-        old["scale"] = float(np.float32(scale))
-        return old
+        order = storage_order(param)
+        where = f"group {g}, parameter {i} {tuple(param.shape)} {param.dtype}"
+        theta = flat_array(param, order)
+        sample = Sample.of(param.shape, options[g].path_fraction, rows_outermost(param)) if param.dim() else Sample()
+        if "path" in state and state["path"].shape != sample.path_shape(param.shape):
+            # Made when the option, the layout or the tensor was another: told by its shape.
+            run = Sample.longest_run(param.shape)
+            kept = state["path"].numel() * run // param.numel()
+            sample = Sample() if state["path"].shape == param.shape else Sample(run, kept)
+        if "path" not in state:
+            path = sample.take(np.zeros_like(theta))
+        else:
+            path = flat_array(state["path"], order if sample.whole else range(state["path"].dim()))
+        return _Before(
+            options=options[g],
+            param=param,
+            where=where,
+            bits=frozen(param),
+            order=order,
+            theta=theta,
+            grad=None if param.grad is None else flat_array(param.grad, order),
+            step=int(state["step"].item()) if "step" in state else 0,
+            scale=self._scale(options, g, param, state),
+            sample=sample,
+            walk=Walk(*(state[key].item() if key in state else 0.0 for key in WALK)),
+            moments={
+                key: flat_array(state[key], order) if key in state else np.zeros_like(theta) for key in MOMENTS
+            },
+            path=path,
+            unit=UNIT["float64" if param.dtype == torch.float64 else "float32"],
+        )  # fmt: skip
 
-    def _step_from_stored_moments(self, opt: Options, param: torch.Tensor) -> np.ndarray:
-        state = self.optimizer.state[param]
-        step = int(state["step"].item())
-        second = as_array(state["max_exp_avg_sq" if opt.amsgrad else "exp_avg_sq"])
-        denominator = np.sqrt(second / (1 - opt.betas[1] ** step)) + opt.eps
-        return as_array(state["exp_avg"]) / (1 - opt.betas[0] ** step) / denominator
+    def _scale(self, options: Sequence[Options], g: int, param: torch.Tensor, state: dict[str, Any]) -> Interval:
+        """In the state; else the initial one, which is found by a sum over all elements."""
+        unit = UNIT["float32"]
+        if "lr_scale" in state:
+            return Interval.exact(state["lr_scale"].item(), unit)
+        one_scale = self.variant == "Global"
+        if one_scale:
+            for other in self.optimizer.state.values():
+                if isinstance(other, dict) and "lr_scale" in other:
+                    return Interval.exact(other["lr_scale"].item(), unit)
+        if state and options[g].initial_scale == "cautious":
+            return Interval.exact(1.0, unit)  # moments without a scale: they come from another optimizer
+        if g not in self._first_scales:
+            groups = self.optimizer.param_groups if one_scale else [self.optimizer.param_groups[g]]
+            of_these = list(options) if one_scale else [options[g]]
+            self._first_scales[g] = initial_scale(of_these, [[as_array(p) for p in each["params"]] for each in groups])
+        first = self._first_scales[g]
+        exact = first == 1.0 or options[g].initial_scale != "cautious"
+        return Interval.exact(first, unit) if exact else Interval.exact(first, unit).widened(32 * unit)
 
-    def _check_moments(
-        self, opt: Options, old: dict[str, Any], param: torch.Tensor, where: str, grad_scale: float | None
-    ) -> None:
-        unit = UNIT["float64" if param.dtype == torch.float64 else "float32"]
-        names = ("theta", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "path")
-        new = measure(opt, old["step"] + 1, *(Interval.exact(old[n], unit) for n in names), grad_scale)
-        old["u"] = new.u
-        state = self.optimizer.state[param]
-        assert state["step"].item() == old["step"] + 1, where
-        kept = torch.float64 if param.dtype == torch.float64 else torch.float32
+    # --- after ---
+
+    def _check_moments(self, old: _Before, grad_scale: float | None) -> AdamStep:
+        state, opt = self.optimizer.state[old.param], old.options
+        arrays = (old.theta, old.grad, *(old.moments[key] for key in MOMENTS))
+        new = adam_step(opt, old.step + 1, *(Interval.exact(a, old.unit) for a in arrays), grad_scale)
+        assert state["step"].item() == old.step + 1, old.where
         moments = {"exp_avg": new.m, "exp_avg_sq": new.v}
         if opt.amsgrad:
             moments["max_exp_avg_sq"] = new.v_max
         for key, bounds in moments.items():
-            assert state[key].dtype == kept, where
-            self._check_inside(state[key], bounds, f"{where}: {key}")
-        path_dtype = kept if opt.path_dtype is None else getattr(torch, opt.path_dtype)
-        assert state["path"].dtype == path_dtype, where
-        self._check_inside(state["path"], new.path, f"{where}: path")
-
-    def _check_scale(
-        self, opt: Options, old: dict[str, Any], param: torch.Tensor, where: str, norm: float, walk: float
-    ) -> None:
-        scale = self.optimizer.state[param]["lr_scale"]
-        assert scale.dtype == torch.float32 and scale.dim() == 0, where
-        old["new_scale"] = scale.item()
-        if moves_scale(opt, norm, walk):
-            # Scales are float32 for every type. The norm is a float32 sum per block: 16 more units.
-            unit = UNIT["float32"]
-            measured = Interval.exact(norm, unit).widened(16 * unit)
-            # A measured walk comes from steps of float32, squared: their error of some 8 units counts twice.
-            walked = 32 * unit if opt.reference == "measured_walk" else 0.0
-            expected = Interval.exact(walk, unit).widened(walked)
-            bounds = adapted_scale(self.variant, opt, Interval.exact(old["scale"], unit), measured, expected)
-            self._check_inside(scale, bounds, f"{where}: lr_scale")
-        else:
-            assert old["new_scale"] == old["scale"], f"{where}: lr_scale moved"
-
-    def _check_parameter(self, opt: Options, old: dict[str, Any], param: torch.Tensor, where: str) -> None:
-        scale = old["scale"] if opt.deferred else old["new_scale"]
-        unit = old["u"].unit
-        # lr * scale may be a float32 product even for float64 parameters.
-        rate = Interval.exact(opt.lr * scale, unit).widened(4 * UNIT["float32"])
-        bounds = apply(opt, Interval.exact(old["theta"], unit), old["u"], rate)
-        self._check_inside(param, bounds, f"{where}: parameter")
+            self._check_kept(state[key], old, key)
+            self._check_inside(state[key], bounds, f"{old.where}: {key}", old.order)
+        return new
 
     @staticmethod
-    def _check_inside(actual: torch.Tensor, bounds: Interval, what: str) -> None:
-        storage, values = name_of(actual.dtype), as_array(actual)
-        low, high = round_to(storage, bounds.lo), round_to(storage, bounds.hi)
+    def _check_kept(tensor: torch.Tensor, old: _Before, key: str) -> None:
+        kept = torch.float64 if old.param.dtype == torch.float64 else torch.float32
+        assert (tensor.dtype, tensor.device) == (kept, old.param.device), f"{old.where}: {key}"
+
+    def _check_path_and_walk(self, old: _Before, new: AdamStep) -> Evidence:
+        state, opt, sample = self.optimizer.state[old.param], old.options, old.sample
+        path = state["path"]
+        self._check_kept(path, old, "path")
+        assert tuple(path.shape) == sample.path_shape(old.param.shape), f"{old.where}: path of shape {path.shape}"
+        order = old.order if sample.whole else list(range(path.dim()))
+        unit_grad, u, d = new.of(sample)
+        before = Interval.exact(old.path, old.unit)
+        bounds = extended_path(opt, before, u)
+        self._check_inside(path, bounds, f"{old.where}: path", order)
+        stored = Interval.exact(flat_array(path, order), old.unit)
+        sums = sums_of(opt, sample, before, stored, unit_grad, u, d, old.theta.size)
+        walk = old.walk.advanced(opt, old.step + 1, sums)
+        kept = []
+        for key, bounds in zip(WALK, walk_values(walk), strict=True):
+            assert state[key].dtype == torch.float32 and state[key].dim() == 0, f"{old.where}: {key}"
+            if not isinstance(bounds, Interval):
+                bounds = Interval.exact(bounds, UNIT["float32"])
+            self._check_inside(state[key], bounds.widened(4 * UNIT["float32"]), f"{old.where}: {key}", [])
+            kept.append(state[key].item())
+        return Evidence.of(opt, old.step + 1, sums, Walk(*kept))
+
+    def _check_scale(self, old: _Before, evidence: Evidence) -> None:
+        scale = self.optimizer.state[old.param]["lr_scale"]
+        assert scale.dtype == torch.float32 and scale.dim() == 0, old.where
+        if evidence.none or not old.options.adapt_lr:
+            bounds = old.scale
+        else:
+            bounds = next_scale_bounds(old.options, old.scale, evidence)
+        self._check_inside(scale, bounds, f"{old.where}: lr_scale", [])
+
+    def _check_parameter(self, old: _Before, new: AdamStep) -> None:
+        scale = self.optimizer.state[old.param]["lr_scale"].item()
+        # lr * scale may be a float32 product even for float64 parameters.
+        rate = Interval.exact(old.options.lr * scale, old.unit).widened(4 * UNIT["float32"])
+        bounds = updated(old.options, Interval.exact(old.theta, old.unit), new.u, rate)
+        self._check_inside(old.param, bounds, f"{old.where}: parameter", old.order)
+
+    @staticmethod
+    def _check_inside(actual: torch.Tensor, bounds: Interval, what: str, order: Sequence[int]) -> None:
+        storage, values = name_of(actual.dtype), flat_array(actual, order)
+        low, high = (np.reshape(round_to(storage, end), values.shape) for end in (bounds.lo, bounds.hi))
         outside = ~((low <= values) & (values <= high))
         assert not outside.any(), (
             f"{what}: {values[outside].ravel()[:3]} not in {low[outside].ravel()[:3]} .. {high[outside].ravel()[:3]}"

@@ -1,19 +1,20 @@
 """The optimizers in float64 scalars and NumPy arrays, formula by formula (docs/algorithm.md).
 
-Shares no code with the package and knows no torch. One class per idea: `RandomWalk` is the reference kappa_t,
-`AdamState` one parameter tensor, `Oracle` a whole optimizer. What is *stored* is rounded as the optimizers store it
-(parameters and path in their types, moments in float32 or float64, the scale in float32); all between is float64.
+Shares no code with the package and knows no torch. One class per idea: `Sample` says which elements have a path, `Walk`
+what its length is expected to be, `Evidence` what the scale follows, `TensorState` is one parameter tensor, `Oracle` a
+whole optimizer. What is *stored* is rounded as the optimizers store it (parameters in their types, moments and path in
+float32 or float64, walk and scale in float32); all between is float64.
 
-`measure` and `apply` are written once for plain arrays and for `Interval`s: run on intervals they enclose every result
-that arithmetic of a given precision may give, which is how the tests bound the optimizers tightly.
+The formulas are written once for plain numbers and for `Interval`s: run on intervals they enclose every result that
+arithmetic of a given precision may give, which is how the tests bound the optimizers tightly.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ def round_to(storage: str, values: Any) -> np.ndarray:
         elif storage != "float32":
             raise ValueError(f"unknown storage type {storage}")
     return single.astype(np.float64)
+
+
+UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}  # roundoff of the arithmetic
 
 
 def moment_dtype(parameter_dtype: str) -> str:
@@ -115,9 +119,15 @@ class Interval:
     def sqrt(self) -> Interval:
         return self._widened(np.sqrt(np.maximum(self.lo, 0)), np.sqrt(self.hi)).at_least(0)
 
-    def exp(self) -> Interval:
-        """Capped where it stays finite: the scale's bounds end far below."""
-        return self._widened(*(np.exp(np.minimum(end, 600.0)) for end in (self.lo, self.hi)))
+    def square(self) -> Interval:
+        ends = np.square(self.lo), np.square(self.hi)
+        around_zero = (self.lo <= 0) & (self.hi >= 0)
+        return self._widened(np.where(around_zero, 0.0, np.minimum(*ends)), np.maximum(*ends)).at_least(0)
+
+    def sum(self) -> Interval:
+        """Sums in blocks: some more roundings, each relative to the sum of magnitudes."""
+        margin = 2 * self.SLACK * self.unit * float(np.sum(self.magnitude))
+        return Interval(np.sum(self.lo) - margin, np.sum(self.hi) + margin, self.unit)
 
     def widened(self, relative: float) -> Interval:
         margin = relative * self.magnitude
@@ -139,59 +149,84 @@ def sqrt(x: Number) -> Number:
     return x.sqrt() if isinstance(x, Interval) else np.sqrt(x)
 
 
-def exp(x: Number) -> Number:
-    return x.exp() if isinstance(x, Interval) else np.exp(np.minimum(x, 600.0))
+def square(x: Number) -> Number:
+    return x.square() if isinstance(x, Interval) else np.square(x)
+
+
+def total(x: Number) -> Number:
+    return x.sum() if isinstance(x, Interval) else math.fsum(np.ravel(x).tolist())
+
+
+def is_zero(x: Number) -> bool:
+    return bool(x.hi == 0 and x.lo == 0) if isinstance(x, Interval) else bool(x == 0)
+
+
+def may_be_zero(x: Number) -> bool:
+    """Whether zero is among the values that rounding allows."""
+    return bool(np.all(x.lo <= 0)) if isinstance(x, Interval) else bool(np.all(np.asarray(x) == 0))
 
 
 def maximum(x: Number, y: Number) -> Number:
     return x.at_least(y) if isinstance(x, Interval) else np.maximum(x, y)
 
 
-def minimum(x: Number, y: Number) -> Number:
-    return x.at_most(y) if isinstance(x, Interval) else np.minimum(x, y)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The random walk
+# Which elements have a path
+
+SAMPLED_FROM = 65_536  # elements of the whole tensor
+SHORTEST_RUN, LONGEST_RUN = 64, 1024
 
 
-class RandomWalk:
-    """kappa_t: the expected squared path of one element under pure-noise gradients, by its exact recursion."""
+@dataclass(frozen=True)
+class Sample:
+    """In storage order the first `kept` of every run of `run` elements; run = kept = 1: all of them."""
 
-    def __init__(self, beta1: float, smoothing: float):
-        self.beta1, self.smoothing = beta1, smoothing
-        self.q = 1 - smoothing
-        self.s = math.sqrt(smoothing * (2 - smoothing))
+    run: int = 1
+    kept: int = 1
 
-    def sequence(self, steps: int) -> list[float]:
-        beta1, q, kappas = self.beta1, self.q, []
-        V = C = P = 0.0
-        for t in range(1, steps + 1):
-            a = self.s / (1 - beta1**t)
-            V = beta1 * beta1 * V + (1 - beta1) ** 2
-            P = q * q * P + 2 * q * a * beta1 * C + a * a * V  # with the C of the step before
-            C = q * beta1 * C + a * V
-            kappas.append(P)
-        return kappas
+    @classmethod
+    def of(cls, shape: Sequence[int], path_fraction: float, rows_outermost: bool = True) -> Sample:
+        """The sample of a fresh tensor; `rows_outermost`: dimension 0 is the outermost in memory."""
+        numel = math.prod(shape)
+        if numel < SAMPLED_FROM or not rows_outermost:
+            return cls()
+        run = cls.longest_run(shape)
+        if run < SHORTEST_RUN:
+            return cls()
+        # Nearest in the logarithm, ties up.
+        kept = max(1, 2 ** math.floor(math.log2(run * path_fraction) + 0.5))
+        return cls() if kept >= run else cls(run, kept)
+
+    @staticmethod
+    def longest_run(shape: Sequence[int]) -> int:
+        inner = math.prod(shape) // shape[0] if len(shape) > 1 else math.prod(shape)
+        run = 1
+        while run < LONGEST_RUN and inner % (2 * run) == 0:
+            run *= 2
+        return run
 
     @property
-    def limit(self) -> float:
-        beta1, q = self.beta1, self.q
-        return (1 - beta1) / (1 + beta1) * (1 + beta1 * q) / (1 - beta1 * q)
+    def whole(self) -> bool:
+        return self.run == self.kept
 
+    def path_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        if self.whole:
+            return tuple(shape)
+        inner = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+        kept = inner // self.run * self.kept
+        return (shape[0], kept) if len(shape) > 1 else (kept,)
 
-@lru_cache(maxsize=4096)
-def kappa(step: int, beta1: float, smoothing: float) -> float:
-    return RandomWalk(beta1, smoothing).sequence(step)[-1]
+    def take(self, flat: Number) -> Number:
+        """Those elements of an array or Interval in storage order that have a path."""
+        if self.whole:
+            return flat
+        if isinstance(flat, Interval):
+            return Interval(self.take(flat.lo), self.take(flat.hi), flat.unit)
+        return np.ascontiguousarray(flat.reshape(-1, self.run)[:, : self.kept]).reshape(-1)
 
-
-@lru_cache(maxsize=4096)
-def step_variance(step: int, beta1: float) -> float:
-    """E[u^2] of Adam's step number `step` on pure noise, by the recursion of the first moment's variance."""
-    V = 0.0
-    for _ in range(step):
-        V = beta1 * beta1 * V + (1 - beta1) ** 2
-    return V / (1 - beta1**step) ** 2
+    @property
+    def weight(self) -> float:
+        return self.run / self.kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,45 +244,46 @@ class Options:
     amsgrad: bool = False
     maximize: bool = False
     decoupled_weight_decay: bool = False
+    initial_scale: str | float = "cautious"
+    path_fraction: float = 1 / 16
     smoothing: float = 0.05
-    damping: float = 2.5
-    reference: str | float = "random_walk"
+    damping: float = 0.5
     clip: tuple[float, float] | None = (0.5, 1.05)
-    accumulate: bool = True
-    deferred: bool = False
-    initial_scale: float = 1.0
-    scale_bounds: tuple[float, float] = (1e-4, 1e4)
+    reference: str | float = "random_walk"
+    scale_bounds: tuple[float, float] = (1e-8, 1e8)
     adapt_lr: bool = True
-    path_dtype: str | None = None
-    lr_smoothing: float = 0.9
+    lr_smoothing: float = 0.0  # Global and Local
 
-    @classmethod
-    def of(cls, variant: str, **given: Any) -> Options:
-        defaults = {"damping": 0.5, "clip": (0.5, 2.0), "lr_smoothing": 0.9} if variant == "Smoothed" else {}
-        return cls(**{**defaults, **given})
+    @property
+    def path_decay(self) -> float:  # q
+        return 1 - self.smoothing
 
-    def expected_path_norm(self, step: int, u: np.ndarray) -> float:
-        """What the path norm is compared with, at step number `step` with the Adam step u."""
-        if self.reference == "random_walk":
-            return u.size * kappa(step, self.betas[0], self.smoothing)
-        if self.reference == "measured_walk":
-            walk_per_step = kappa(step, self.betas[0], self.smoothing) / step_variance(step, self.betas[0])
-            return walk_per_step * math.fsum(float(x) ** 2 for x in u.ravel())
-        return u.size * float(self.reference)
+    @property
+    def path_gain(self) -> float:  # s
+        return math.sqrt(self.smoothing * (2 - self.smoothing))
+
+    @property
+    def moves(self) -> bool:
+        return self.lr != 0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A step's new moments, path and Adam step of one tensor, before rounding to storage."""
+class AdamStep:
+    """A step's new moments, effective gradient g, denominator d and step u of some elements, before storage."""
 
     m: Number
     v: Number
     v_max: Number
+    g: Number
+    d: Number
     u: Number
-    path: Number
+
+    def of(self, sample: Sample) -> tuple[Number, Number, Number]:
+        """g/d, u and d of the elements that have a path."""
+        return sample.take(self.g / self.d), sample.take(self.u), sample.take(self.d)
 
 
-def measure(
+def adam_step(
     options: Options,
     step: int,
     theta: Number,
@@ -255,11 +291,10 @@ def measure(
     m: Number,
     v: Number,
     v_max: Number,
-    path: Number,
     grad_scale: float | None = None,
     stored: Callable[[Number], Number] = lambda moment: moment,
-) -> Measured:
-    """Step number `step` (from 1), Measure, on arrays or Intervals."""
+) -> AdamStep:
+    """Step number `step` (from 1), on arrays or Intervals."""
     beta1, beta2 = options.betas
     g = grad
     if grad_scale is not None:
@@ -269,52 +304,201 @@ def measure(
     if options.weight_decay and not options.decoupled_weight_decay:
         g = g + theta * options.weight_decay
     m = m * beta1 + g * (1 - beta1)
-    v = v * beta2 + g * g * (1 - beta2)
+    v = v * beta2 + square(g) * (1 - beta2)
     v_max = maximum(v_max, v)
     second = v_max if options.amsgrad else v
-    u = (stored(m) / (1 - beta1**step)) / (sqrt(stored(second) / (1 - beta2**step)) + options.eps)
-    q, s = 1 - options.smoothing, math.sqrt(options.smoothing * (2 - options.smoothing))
-    return Measured(m, v, v_max, u, path * q + u * s)
+    d = sqrt(stored(second) / (1 - beta2**step)) + options.eps
+    u = stored(m) / (1 - beta1**step) / d
+    return AdamStep(m, v, v_max, g, d, u)
 
 
-def apply(options: Options, theta: Number, u: Number, rate: Number) -> Number:
+def extended_path(options: Options, path: Number, u: Number) -> Number:
+    """Where nothing moves there is nothing to record."""
+    return path * options.path_decay + u * options.path_gain if options.moves else path
+
+
+def updated(options: Options, theta: Number, u: Number, rate: Number) -> Number:
     """The new parameter, before rounding to storage; `rate` is lr times the scale."""
     if options.weight_decay and options.decoupled_weight_decay:
         u = u + theta * options.weight_decay
     return theta - u * rate
 
 
-def adapted_scale(variant: str, options: Options, scale: Number, path_norm: Number, expected: Number) -> Number:
-    """The new scale from the old one, the path norm (sum of path squared) and its random-walk reference."""
-    ratio = path_norm / expected
-    excess = ratio - 1
-    if options.reference == "measured_walk":
-        walk = expected / path_norm
-        excess = maximum(1 - walk, 0) + minimum(1 - walk * 0.6, 0)
-    factor = exp(excess * (options.smoothing / (2 * options.damping)))
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums, walk, evidence: scalars of a tensor, floats or Intervals
+
+
+@dataclass(frozen=True)
+class Sums:
+    path_sq: Number  # N
+    step_sq: Number  # U, sum of u^2
+    grad_sq: Number  # G
+    path_before_sq: Number  # N', of the path before the step
+    weight: Number  # D
+    numel: int  # n
+
+
+def sums_of(
+    options: Options, sample: Sample, path_before: Number, path: Number, unit_grad: Number, u: Number, d: Number, numel: int
+) -> Sums:
+    """Of the elements that have a path, each weighted with d (not under a fixed reference), scaled to all."""
+
+    weight = d if options.reference == "random_walk" else d * 0 + 1
+
+    def length(x: Number) -> Number:
+        return total(square(x) * weight) * sample.weight
+
+    return Sums(length(path), length(u), length(unit_grad), length(path_before), total(weight) * sample.weight, numel)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What N is expected to be if every gradient is independent of those before it, in units of N: V = E sum(m/d)^2,
+    C = E sum(path m/d), P = E sum(path^2)."""
+
+    moment_sq: Number = 0.0
+    path_moment: Number = 0.0
+    path_sq: Number = 0.0
+
+    def advanced(self, options: Options, step: int, sums: Sums) -> Walk:
+        if may_be_zero(sums.path_sq):
+            return self
+        beta1, q, s = options.betas[0], options.path_decay, options.path_gain
+        bias1 = 1 - beta1**step
+        before = sums.path_before_sq
+        if may_be_zero(before):
+            # No path so far. Moments may be older than it: then as they are, u being m/d / bias1.
+            V = sums.step_sq * bias1**2
+        else:
+            V = self.moment_sq * before * beta1**2 + sums.grad_sq * (1 - beta1) ** 2
+        C, P = self.path_moment * before, self.path_sq * before
+        if options.moves:
+            a = s / bias1
+            C, P = C * (q * beta1) + V * a, P * q**2 + C * (2 * q * a * beta1) + V * a**2
+        else:
+            C = C * beta1
+        return Walk(V / sums.path_sq, C / sums.path_sq, P / sums.path_sq)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    path_sq: Number = 0.0  # N
+    walk_sq: Number = 0.0  # P
+    unit_walk_sq: Number = 0.0  # P of a walk whose gradients all have length 1
+    step_sq: Number = 0.0  # U
+    step_walk_sq: Number = 0.0  # what U is expected to be
+    numel: int = 0  # n
+
+    @classmethod
+    def of(cls, options: Options, step: int, sums: Sums, walk: Walk) -> Evidence:
+        """None where nothing moves or all gradients are zero."""
+        if not options.moves or is_zero(sums.grad_sq):
+            return cls()
+        beta1 = options.betas[0]
+        bias1, correlation = 1 - beta1**step, beta1 * options.path_decay
+        return cls(
+            sums.path_sq,
+            walk.path_sq * sums.path_sq,
+            sums.weight * ((1 - beta1) / (1 + beta1) * (1 + correlation) / (1 - correlation)),
+            sums.step_sq,
+            walk.moment_sq * sums.path_sq / bias1**2,
+            sums.numel,
+        )
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(*(mine + its for mine, its in zip(self.values(), other.values(), strict=True)))
+
+    def values(self) -> tuple[Number, ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    @property
+    def none(self) -> bool:
+        return is_zero(self.path_sq)
+
+
+def excess(e: Evidence) -> float:
+    """How much longer the path is than a random walk's; of floats."""
+    above = (e.numel * e.path_sq / max(e.walk_sq, e.unit_walk_sq) + 32) / (e.numel + 32)
+    if above > 1.25:
+        return 1 - 1.25 / above
+    r = e.path_sq / e.walk_sq
+    rest = 0.5 * max(min(e.step_sq / e.step_walk_sq, 1.0) ** 4, 0.4)
+    r_with_prior = (e.numel * r + 8) / (e.numel + 8)
+    return min(0.0, max(1 - 0.5 / r_with_prior, 1 - rest / r))
+
+
+def next_scale(options: Options, scale: float, e: Evidence) -> float:
+    """The scale after a step with this evidence, of floats; before rounding to float32."""
+    if not options.adapt_lr or e.path_sq == 0:
+        return scale
+    try:
+        if options.reference == "random_walk":
+            value = excess(e)
+        else:
+            value = e.path_sq / (e.numel * float(options.reference)) - 1
+    except (ZeroDivisionError, ValueError, OverflowError):
+        return scale
+    if not math.isfinite(value):
+        return scale
+    exponent = options.smoothing / (2 * options.damping) * value
+    factor = math.exp(exponent) if exponent < 700 else math.inf
     if options.clip is not None:
-        factor = minimum(maximum(factor, options.clip[0]), options.clip[1])
-    target = scale * factor if options.accumulate else factor
-    if variant == "Smoothed":
-        b = options.lr_smoothing
-        target = scale * b + target * (1 - b)
-    return minimum(maximum(target, options.scale_bounds[0]), options.scale_bounds[1])
+        factor = min(max(factor, options.clip[0]), options.clip[1])
+    b = options.lr_smoothing
+    following = b * scale + (1 - b) * scale * factor
+    return min(max(following, options.scale_bounds[0]), options.scale_bounds[1])
 
 
-def moves_scale(options: Options, path_norm: float, expected: float) -> bool:
-    """Whether this path norm changes the scale at all."""
-    return options.adapt_lr and expected > 0 and math.isfinite(path_norm / expected) and path_norm != 0
+def next_scale_bounds(options: Options, scale: Interval, e: Evidence) -> Interval:
+    """`next_scale` over the ends of all intervals in the evidence: the rule may be any function, jumps included."""
+
+    def ends(x: Number) -> list[float]:
+        both = {float(x.lo), float(x.hi)} if isinstance(x, Interval) else {float(x)}
+        return sorted({max(0.0, end) for end in both})
+
+    corners = list(itertools.product(*(ends(getattr(e, name)) for name in e.__dataclass_fields__)))
+    starts = ends(scale)
+    scales = [next_scale(options, start, Evidence(*corner)) for corner in corners for start in starts]
+    if 0.0 in (ends(e.path_sq)[0], ends(e.step_sq)[0]):  # squares so small that they may be rounded to none, which is no evidence
+        scales += starts
+    low, high = min(scales), max(scales)
+    return Interval(low * (1 - 4 * UNIT["float32"]), high * (1 + 4 * UNIT["float32"]), scale.unit)
+
+
+def cautious_scale(options: Sequence[Options], groups: Sequence[Sequence[np.ndarray]]) -> float:
+    """min(1, 0.01 RMS / lr) of the parameters of these groups and their largest lr."""
+    square_sum = math.fsum(float(np.sum(np.square(p, dtype=np.float64))) for params in groups for p in params)
+    count = sum(p.size for params in groups for p in params)
+    lr = max(opt.lr for opt in options)
+    if square_sum == 0 or lr == 0:
+        return 1.0
+    return min(1.0, 0.01 * math.sqrt(square_sum / count) / lr)
+
+
+def initial_scale(options: Sequence[Options], groups: Sequence[Sequence[np.ndarray]]) -> float:
+    own = options[0]
+    if not own.adapt_lr:
+        return 1.0
+    if not isinstance(own.initial_scale, str):
+        return float(np.float32(own.initial_scale))
+    return min(max(cautious_scale(options, groups), own.scale_bounds[0]), own.scale_bounds[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole optimizer
 
 
 @dataclass
-class AdamState:
-    """One parameter tensor with its state, in its storage types."""
+class TensorState:
+    """One parameter tensor with its state, in its storage types. Arrays are in storage order."""
 
     theta: np.ndarray
     dtype: str = "float64"
-    path_dtype: str | None = None
+    rows_outermost: bool = True
     step: int = 0
     scale: float | None = None
+    sample: Sample = Sample()
+    walk: Walk = Walk()
     m: np.ndarray = field(init=False)
     v: np.ndarray = field(init=False)
     v_max: np.ndarray = field(init=False)
@@ -325,36 +509,44 @@ class AdamState:
         self.theta = round_to(self.dtype, self.theta)
         self.m, self.v, self.v_max, self.path, self.u = (np.zeros_like(self.theta) for _ in range(5))
 
-    def measure(self, options: Options, grad: np.ndarray, grad_scale: float | None) -> float:
-        """Advances moments, path and step count; returns the path norm."""
+    def create(self, options: Options, scale: float) -> None:
+        self.scale = float(np.float32(scale))
+        self.sample = Sample.of(self.theta.shape, options.path_fraction, self.rows_outermost)
+        self.path = np.zeros(self.sample.path_shape(self.theta.shape))
+
+    def measure(self, options: Options, grad: np.ndarray, grad_scale: float | None) -> Evidence:
+        """Moments, path, count and walk after the step."""
         self.step += 1
         kept = moment_dtype(self.dtype)
-        new = measure(
-            options, self.step, self.theta, grad, self.m, self.v, self.v_max, self.path, grad_scale,
+        new = adam_step(
+            options, self.step, self.theta, grad, self.m, self.v, self.v_max, grad_scale,
             stored=lambda moment: round_to(kept, moment),
         )  # fmt: skip
         self.m, self.v, self.u = round_to(kept, new.m), round_to(kept, new.v), new.u
         if options.amsgrad:
             self.v_max = round_to(kept, new.v_max)
-        self.path = round_to(options.path_dtype or kept, new.path)
-        return math.fsum(float(x) ** 2 for x in self.path.ravel())
+        unit_grad, u, d = (part.reshape(self.path.shape) for part in new.of(self.sample))
+        before, self.path = self.path, round_to(kept, extended_path(options, self.path, u))
+        sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d, self.theta.size)
+        walk = self.walk.advanced(options, self.step, sums)
+        rounded = [float(np.float32(x)) for x in (walk.moment_sq, walk.path_moment, walk.path_sq)]
+        if all(map(math.isfinite, rounded)):
+            self.walk = Walk(*rounded)
+        return Evidence.of(options, self.step, sums, self.walk)
 
-    def apply(self, options: Options, scale: float) -> None:
-        self.theta = round_to(self.dtype, apply(options, self.theta, self.u, options.lr * scale))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole optimizer
+    def update(self, options: Options) -> None:
+        assert self.scale is not None
+        self.theta = round_to(self.dtype, updated(options, self.theta, self.u, options.lr * self.scale))
 
 
 class Oracle:
-    """`variant`: "Global", "Local" or "Smoothed". `groups`: per param group a list of AdamState. Options are given anew
-    at every step, one per group; gradients one per parameter, None where there is none."""
+    """`variant`: "Global", "Local" or "Smoothed". `groups`: per param group a list of TensorState. Options are given
+    anew at every step, one per group; gradients one per parameter, None where there is none."""
 
-    def __init__(self, variant: str, groups: Sequence[Sequence[AdamState]]):
+    def __init__(self, variant: str, groups: Sequence[Sequence[TensorState]]):
         self.variant = variant
         self.groups = groups
-        self.global_scale: float | None = None
+        self.first_scales: dict[int, float] = {}  # by group; Global: 0
 
     def step(
         self,
@@ -365,38 +557,37 @@ class Oracle:
     ) -> None:
         if found_inf:
             return
+        one_scale = self.variant == "Global"
         active = [
             (group_options, state, grad)
             for group_options, states, group_grads in zip(options, self.groups, grads, strict=True)
             for state, grad in zip(states, group_grads, strict=True)
             if grad is not None
         ]
-        if not active:
-            return
-        for group_options, state, _ in active:
-            if state.scale is None:
-                state.scale = float(np.float32(group_options.initial_scale))
-        if self.variant == "Global":
-            self._share_scale(active[0][0])
-        before = [state.scale for _, state, _ in active]
-        norms = [state.measure(group_options, grad, grad_scale) for group_options, state, grad in active]
-        expected = [opt.expected_path_norm(state.step, state.u) for opt, state, _ in active]
-        if self.variant == "Global":
-            norms, expected = [math.fsum(norms)] * len(active), [math.fsum(expected)] * len(active)
-        for (group_options, state, _), norm, walk, old in zip(active, norms, expected, before, strict=True):
-            if moves_scale(group_options, norm, walk):
-                new = adapted_scale(self.variant, group_options, old, norm, walk)
-                state.scale = float(np.float32(new))
-            state.apply(group_options, old if group_options.deferred else state.scale)
-        if self.variant == "Global":
-            self.global_scale = active[0][1].scale
-            self._share_scale(active[0][0])
+        for index, group_grads in enumerate(grads):
+            new = [s for s, g in zip(self.groups[index], group_grads, strict=True) if g is not None and s.scale is None]
+            for state in new:
+                state.create(options[index], self._scale_of_a_newcomer(options, index))
+        evidence = [state.measure(group_options, grad, grad_scale) for group_options, state, grad in active]
+        if one_scale and active:
+            scale = next(state.scale for _, state, _ in active)
+            together = sum(evidence, Evidence())
+            scale = float(np.float32(next_scale(active[0][0], scale, together)))
+            for state in (state for states in self.groups for state in states if state.scale is not None):
+                state.scale = scale
+        for (group_options, state, _), its_evidence in zip(active, evidence, strict=True):
+            if not one_scale:
+                state.scale = float(np.float32(next_scale(group_options, state.scale, its_evidence)))
+            state.update(group_options)
 
-    def _share_scale(self, options: Options) -> None:
-        """Global: one scale, in the state of every parameter that has one."""
-        if self.global_scale is None:
-            self.global_scale = float(np.float32(options.initial_scale))
+    def _scale_of_a_newcomer(self, options: Sequence[Options], index: int) -> float:
+        if self.variant != "Global":
+            if index not in self.first_scales:
+                values = [[s.theta for s in self.groups[index]]]
+                self.first_scales[index] = initial_scale([options[index]], values)
+            return self.first_scales[index]
         for states in self.groups:
             for state in states:
                 if state.scale is not None:
-                    state.scale = self.global_scale
+                    return state.scale
+        return initial_scale(options, [[s.theta for s in states] for states in self.groups])

@@ -29,25 +29,15 @@ class Clock(Protocol):
 
 
 class CpuClock:
+    """Leaves the cache as it is: a CPU's is small against lists of large tensors, and has other users as well."""
+
     min_sample_seconds = 0.02
 
-    def __init__(self, flush_cache: bool = False) -> None:
-        # Larger than any last-level cache of one socket.
-        self._scratch = torch.zeros(CPU_STREAM_BYTES, dtype=torch.uint8) if flush_cache else None
-
     def seconds_per_step(self, step: Step, steps: int) -> float:
-        if self._scratch is None:
-            started = time.perf_counter()
-            for _ in range(steps):
-                step()
-            return (time.perf_counter() - started) / steps
-        seconds = 0.0
+        started = time.perf_counter()
         for _ in range(steps):
-            self._scratch.add_(1)
-            started = time.perf_counter()
             step()
-            seconds += time.perf_counter() - started
-        return seconds / steps
+        return (time.perf_counter() - started) / steps
 
     def synchronize(self) -> None:
         pass
@@ -83,14 +73,8 @@ class CudaClock:
         torch.cuda.synchronize(self._device)
 
 
-def make_clock(device: torch.device, flush_cache: bool | None = None) -> Clock:
-    """The device's clock; `flush_cache` None: flushed on CUDA, kept on the CPU.
-
-    A CPU's last-level cache is small against the lists of large tensors, and may belong to other users as well.
-    """
-    if device.type == "cuda":
-        return CudaClock(device, flush_cache is not False)
-    return CpuClock(flush_cache is True)
+def make_clock(device: torch.device, flush_cache: bool = True) -> Clock:
+    return CudaClock(device, flush_cache) if device.type == "cuda" else CpuClock()
 
 
 def graphed(step: Step, device: torch.device) -> Step:

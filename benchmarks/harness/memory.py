@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from clara_fused import core_backend
 from harness.clocks import Step
 
 # The profiler's library announces every start and stop on stderr, unless told that only errors matter.
@@ -47,8 +47,6 @@ def give_back_freed_memory() -> None:
 def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
     """Most bytes allocated through PyTorch at any moment of a warm step, less what was allocated before it.
 
-    The memory that steps of the compiled core share on a CPU counts as well: what it takes lasts beyond the step.
-
     Returns:
         None where PyTorch does not tell.
     """
@@ -59,21 +57,11 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    core_backend.release_workspace()  # what other contenders took is not this one's
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    peak = _peak_of_allocations(profiler)
-    return None if peak is None else peak + core_backend.release_workspace()
-
-
-def _peak_of_allocations(profiler: profile) -> int | None:
-    """PyTorch counts peaks of CPU memory nowhere; its profiler records every allocation and release."""
+    # PyTorch counts peaks of CPU memory nowhere; its profiler records every allocation and release.
     results = getattr(profiler.profiler, "kineto_results", None)
     if results is None:
         return None
     changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
-    current = peak = 0
-    for _, change in changes:
-        current += change
-        peak = max(peak, current)
-    return peak
+    return max(accumulate((change for _, change in changes), initial=0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,10 +114,16 @@ DEFAULT_MODELS = {
 }
 
 
+def path_elements(shape: Shape, fraction: float) -> int:
+    """How many elements of a contiguous tensor have a path (../docs/algorithm.md, "Which elements have a path")."""
+    numel = math.prod(shape)
+    inner = numel // shape[0] if len(shape) > 1 else numel
+    run = min(inner & -inner, 1024)
+    if numel < 65_536 or run < 64:
+        return numel
+    return numel * max(1, 2 ** math.floor(math.log2(run * fraction) + 0.5)) // run
+
+
 def small_tensors(count: int, elements: int = 64) -> ModelShapes:
     """`count` tensors so small that only the cost per tensor is left."""
     return ModelShapes(f"small-{count}x{elements}", f"{count} tensors of {elements}", ((elements,),) * count)
-
-
-def total_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -18,23 +18,21 @@ from matplotlib.figure import Figure
 from harness.environment import short_name
 
 OURS = "#1b6ca8"
-OURS_DEFERRED = "#6db1e0"
 OTHERS = "#9a9a9a"
 BASELINE_COLOR = "#404040"
 SOURCE_DIGEST = "Source SHA-256"
+
+Row = dict[str, Any]
 
 
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def color_of(row: dict[str, Any], baseline: str) -> str:
-    name = row["optimizer"]
-    if name == baseline:
+def color_of(row: Row, baseline: str) -> str:
+    if row["optimizer"] == baseline:
         return BASELINE_COLOR
-    if not row["label"].startswith("AdamClara") or name == "published" or "@" in name:
-        return OTHERS
-    return OURS_DEFERRED if "deferred" in name else OURS
+    return OURS if row["label"].startswith("AdamClara") and "@" not in row["optimizer"] else OTHERS
 
 
 def save(figure: Figure, path: Path, source_digest: str | None = None) -> Path:
@@ -47,14 +45,10 @@ def save(figure: Figure, path: Path, source_digest: str | None = None) -> Path:
 
 
 def plot_step_time(path: Path, folder: Path) -> list[Path]:
-    """Bars per model and dtype, and a roofline; returns the pictures' paths."""
+    """Bars per model, a picture per dtype; returns the pictures' paths."""
     document = load(path)
-    device = document["device"]
-    pictures = [
-        save(bars(document, dtype), folder / f"step_time-{device}-{dtype}.png")
-        for dtype in dict.fromkeys(row["dtype"] for row in document["results"])
-    ]
-    return [*pictures, save(roofline(document), folder / f"roofline-{device}.png")]
+    dtypes = dict.fromkeys(row["dtype"] for row in document["results"])
+    return [save(bars(document, dtype), folder / f"{path.stem}-{dtype}.png") for dtype in dtypes]
 
 
 def bars(document: dict[str, Any], dtype: str, models: Sequence[str] | None = None) -> Figure:
@@ -75,23 +69,19 @@ def bars(document: dict[str, Any], dtype: str, models: Sequence[str] | None = No
     return figure
 
 
-def model_bars(axis: Axes, rows: Sequence[dict[str, Any]], baseline: str) -> None:
+def model_bars(axis: Axes, rows: Sequence[Row], baseline: str) -> None:
     limit = 1.15 * max(row["ratio"]["median"] for row in rows)
-    # Slow peers would squeeze the others to nothing.
-    close = [row["ratio"]["median"] for row in rows if row["ratio"]["median"] <= 5]
-    if limit > 5:
-        limit = max(2.5, 1.6 * max(close))
+    if limit > 5:  # slow peers would squeeze the others to nothing
+        limit = max(2.5, 1.6 * max(row["ratio"]["median"] for row in rows if row["ratio"]["median"] <= 5))
     for place, row in enumerate(reversed(rows)):
         ratio = row["ratio"]["median"]
         inside = ratio > 0.65 * limit
         error = 0.0 if inside else row["ratio"]["error"]
-        axis.barh(
-            place, min(ratio, limit), xerr=error or None, error_kw={"linewidth": 0.8}, color=color_of(row, baseline),
-            height=0.75,
-        )  # fmt: skip
+        axis.barh(place, min(ratio, limit), xerr=error or None, error_kw={"linewidth": 0.8}, height=0.75,
+                  color=color_of(row, baseline))  # fmt: skip
         axis.text(
             0.98 * min(ratio, limit) if inside else ratio + error + 0.015 * limit, place,
-            f"{ratio:.2f}×  {milliseconds(row['seconds']['median'])}",
+            f"{ratio:.2f}×  {row['seconds']['median'] * 1e3:.3g} ms",
             ha="right" if inside else "left", va="center", fontsize=8, color="white" if inside else "black",
         )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["label"] for row in reversed(rows)], fontsize=8)
@@ -106,115 +96,29 @@ def model_bars(axis: Axes, rows: Sequence[dict[str, Any]], baseline: str) -> Non
     axis.set_title(first["description"] + size, fontsize=9)
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
-
-
-def roofline(document: dict[str, Any]) -> Figure:
-    """Time per element over the bytes that must move per element; the line is what a simple loop would take."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    # Small lists are bound by the cost per tensor, not by memory.
-    rows = [row for row in document["results"] if row["elements"] >= 10_000_000 and "@" not in row["optimizer"]]
-    if not rows:
-        axis.text(0.5, 0.5, "no list of 10 M elements or more was measured", ha="center", transform=axis.transAxes)
-        return figure
-    rates = [loops[loops["fastest"]]["median"] for loops in document["bandwidths"]]
-    bandwidth = sorted(rates)[len(rates) // 2]
-    most_bytes = max(row["bytes_per_element"] for row in rows) * 1.1
-    axis.plot([0, most_bytes], [0, most_bytes / bandwidth * 1e9], color="black", linewidth=1,
-              label=f"simple loop, {bandwidth / 1e9:.3g} GB/s")  # fmt: skip
-    markers = dict(zip(dict.fromkeys((row["model"], row["dtype"]) for row in rows), "osD^vP*Xd<>hp", strict=False))
-    baseline = document["settings"]["baseline"]
-    for row in rows:
-        axis.scatter(
-            row["bytes_per_element"], row["seconds"]["median"] / row["elements"] * 1e9,
-            marker=markers.get((row["model"], row["dtype"]), "o"), color=color_of(row, baseline), s=36, alpha=0.8,
-        )  # fmt: skip
-    fastest_time = most_bytes / bandwidth * 1e9
-    axis.set_ylim(0, 3 * fastest_time)
-    for key, marker in markers.items():
-        axis.scatter([], [], marker=marker, color="black", s=30, label=", ".join(key))
-    colors = {
-        "torch Adam fused": BASELINE_COLOR, "AdamClara": OURS, "AdamClara deferred": OURS_DEFERRED, "others": OTHERS
-    }  # fmt: skip
-    for label, color in colors.items():
-        axis.scatter([], [], marker="s", color=color, s=30, label=label)
-    above = sum(row["seconds"]["median"] / row["elements"] * 1e9 > 3 * fastest_time for row in rows)
-    if above:
-        note = f"{above} slower ones lie above"
-        axis.text(0.99, 0.98, note, transform=axis.transAxes, ha="right", va="top", fontsize=8)
-    axis.set_xlim(0, most_bytes)
-    axis.set_xlabel("bytes per element that must move")
-    axis.set_ylabel("ns per element")
-    axis.legend(fontsize=7, loc="upper left", ncols=2)
-    axis.set_title(f"Roofline of memory, {short_name(document['machine'])}", fontsize=10)
-    return figure
-
-
-def plot_cpu_overhead(path: Path, folder: Path) -> Path:
-    """Draw `cpu_overhead`; returns the picture's path."""
-    return save(cpu_overhead(load(path)), folder / f"{path.stem}.png")
+def plot_cpu_overhead(path: Path, folder: Path) -> list[Path]:
+    return [save(cpu_overhead(load(path)), folder / f"{path.stem}.png")]
 
 
 def cpu_overhead(document: dict[str, Any]) -> Figure:
-    """Host time per step over the number of tensors."""
+    """Host time per step over the number of tensors; dashed: with gradients that come and go."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    baseline = document["settings"]["baseline"]
-    for name in dict.fromkeys(row["optimizer"] for row in document["results"]):
-        rows = [row for row in document["results"] if row["optimizer"] == name]
-        counts = [row["tensors"] for row in rows]
+    ends = []
+    for name, gradients in dict.fromkeys((row["optimizer"], row["gradients"]) for row in document["results"]):
+        rows = [r for r in document["results"] if (r["optimizer"], r["gradients"]) == (name, gradients)]
         times = [row["seconds"]["median"] * 1e6 for row in rows]
-        color = color_of(rows[0], baseline)
-        axis.plot(counts, times, marker="o", markersize=3, linewidth=1.2, color=color)
-    # Labels at the right end, pushed apart where lines meet.
-    last = max(row["tensors"] for row in document["results"])
-    ends = sorted(
-        (row["seconds"]["median"] * 1e6, row["label"], color_of(row, baseline))
-        for row in document["results"]
-        if row["tensors"] == last
-    )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+        color = color_of(rows[0], document["settings"]["baseline"])
+        line = "-" if gradients == "all" else "--"
+        axis.plot([row["tensors"] for row in rows], times, line, marker="o", markersize=3, linewidth=1.2, color=color)
+        if gradients == "all":
+            ends.append((times[-1], rows[-1]["tensors"], rows[0]["label"], color))
     height = 0.0
-    for time, label, color in ends:
+    for time, last, label, color in sorted(ends):  # at the right end, pushed apart where lines meet
         height = max(time, height * 1.32)
         axis.annotate(label, (last, time), xytext=(last * 1.15, height), fontsize=7, color=color, va="center")
-    axis.set_xlim(right=last * 12)
+    axis.set(xscale="log", yscale="log", xlabel="tensors", ylabel="host time per step, µs")
+    axis.set_xlim(right=12 * max(end[1] for end in ends))
     axis.set_ylim(top=2 * height)
-    axis.set_xlabel("tensors")
-    axis.set_ylabel("host time per step, µs")
     axis.grid(alpha=0.2)
-    axis.set_title(f"Host time per step, {short_name(document['machine'])}", fontsize=10)
-    return figure
-
-
-def plot_end_to_end(path: Path, folder: Path) -> Path:
-    """Draw `end_to_end`; returns the picture's path."""
-    return save(end_to_end(load(path)), folder / f"{path.stem}.png")
-
-
-def end_to_end(document: dict[str, Any]) -> Figure:
-    """Training step by size: the optimizer's part on top of the rest."""
-    rows = document["results"]
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    most = max(sum(row["size"] == size for row in rows) for size in sizes)
-    figure, axes = plt.subplots(
-        1, len(sizes), figsize=(2.2 + 3.6 * len(sizes), 1.2 + 0.3 * most), squeeze=False, layout="constrained"
-    )
-    baseline = document["settings"]["baseline"]
-    for column, (axis, size) in enumerate(zip(axes.flat, sizes, strict=True)):
-        shown = [row for row in rows if row["size"] == size][::-1]
-        places = range(len(shown))
-        whole = [row["seconds"]["median"] * 1e3 for row in shown]
-        own = [row["optimizer_seconds"]["median"] * 1e3 for row in shown]
-        rest = [max(total - part, 0.0) for total, part in zip(whole, own, strict=True)]
-        axis.barh(places, rest, color="#e3e3e3", height=0.75)
-        axis.barh(places, own, left=rest, color=[color_of(row, baseline) for row in shown], height=0.75)
-        for place, row in enumerate(shown):
-            axis.text(0.02 * max(whole), place, f"optimizer {row['optimizer_share']:.0%}", va="center", fontsize=7)
-        axis.set_yticks(places, [row["label"] for row in shown] if column == 0 else [""] * len(shown), fontsize=8)
-        axis.set_title(f"{size}: {shown[0]['elements'] / 1e6:.3g} M parameters", fontsize=9)
-        axis.set_xlabel("ms per training step", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Character GPT, {short_name(document['machine'])}", fontsize=11)
+    axis.set_title(f"Host time per step (dashed: gradients come and go), {short_name(document['machine'])}", fontsize=9)
     return figure

@@ -1,4 +1,4 @@
-"""Command-line options, JSON files and terminal tables that the benchmark programs share."""
+"""What the programs share around a measurement: options, what was found and what could not be, JSON, tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +14,37 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from harness.contenders import CONTENDERS
+from harness.clocks import Step
+from harness.contenders import BASELINE, CONTENDERS, Contender, Unavailable
 from harness.environment import REPOSITORY, OtherWork, describe_environment
+from harness.memory import keep_freed_memory
+from harness.statistics import Samples, all_seconds, ratios, summarize
 
 DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
 NOTHING_MEASURED = 3
-SCHEMA_VERSION = 1
 # Of all cores' time. Below it the medians were seen to stay where they are.
 MUCH_OTHER_WORK = 0.05
+WARM_UP_STEPS = 3
 
 console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
+Row = dict[str, Any]
 
 
-def benchmark_parser(
-    documentation: str | None, optimizers: Sequence[str], seconds: float | None, seconds_per: str
-) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; to be completed with a program's own.
-
-    Args:
-        documentation: the program's docstring.
-        optimizers: contenders measured by default.
-        seconds: measuring time by default, per `seconds_per`; None if that is up to the device.
-    """
+def benchmark_parser(documentation: str | None, optimizers: Sequence[str], seconds: float | None, per: str) -> Any:
+    """The options that all benchmarks have. `seconds`: to measure per `per`; None: what suits the device."""
     summary, _, details = (documentation or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--device", default=device, help="cpu, cuda, cuda:1 ...; default here: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="for JSON and plots; default: %(default)s")
     add("--threads", type=int, help="CPU threads of PyTorch and the core; default: PyTorch's")
     add("--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(optimizers),
         metavar="NAME", help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
-    default_seconds = "what suits the device" if seconds is None else f"{seconds:g}"
-    add("--seconds", type=float, default=seconds, help=f"to measure per {seconds_per}; default: {default_seconds}")
+    add("--seconds", type=float, default=seconds, help=f"to measure per {per}; default: {seconds or 'by device'}")
     add("--no-plots", action="store_true")
     return parser
-
-
-def usable_device(args: argparse.Namespace) -> torch.device:
-    """The device asked for, made current; exits with status 3 if this machine lacks it."""
-    other_work = OtherWork()
-    time.sleep(0.5)
-    warn_of_other_work(other_work.share(), "is running here: the ratios may not repeat")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            console.print(f"skipped: --device {args.device}, but PyTorch finds no usable CUDA device")
-            raise SystemExit(NOTHING_MEASURED)
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    return device
-
-
-def warn_of_other_work(share: float | None, consequence: str) -> None:
-    """Ratios survive a machine that slows now and then, but not one whose cores are taken all the time.
-
-    Threads that wait for each other then wait for the scheduler: torch's fused Adam was seen a thousand times slower.
-    """
-    if share is not None and share > MUCH_OTHER_WORK:
-        console.print(f"[bold]other work ({share:.0%} of the cores) {consequence}[/bold]")
 
 
 def checked_choices(kind: str, known: Any) -> Callable[[str], str]:
@@ -90,32 +58,108 @@ def checked_choices(kind: str, known: Any) -> Callable[[str], str]:
     return check
 
 
-def write_json(
-    path: Path,
-    benchmark: str,
-    device: torch.device,
-    settings: dict[str, Any],
-    other_work: float | None,
-    **content: Any,
-) -> None:
-    """Write what was found, with all that it depends on.
+class Session:
+    """One run of a program: the device, made current, and what is found there.
 
-    Args:
-        other_work: the share of the cores that others had meanwhile; of much of it the user is warned.
+    Exits with status `NOTHING_MEASURED` if this machine lacks the device.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {
-        "benchmark": benchmark,
-        "schema": SCHEMA_VERSION,
-        "device": device.type,
-        **describe_environment(device),
-        "other_work": None if other_work is None else round(other_work, 3),
-        "settings": settings,
-        **content,
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    console.print(f"results: {path}")
-    warn_of_other_work(other_work, "ran beside this: the ratios may not repeat")
+
+    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
+        self.benchmark, self.args = benchmark, args
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.device = torch.device(args.device)
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                console.print(f"skipped: --device {args.device}, but PyTorch finds no usable CUDA device")
+                raise SystemExit(NOTHING_MEASURED)
+            self.device = torch.device("cuda", self.device.index or 0)
+            torch.cuda.set_device(self.device)
+        before = OtherWork()
+        time.sleep(0.5)
+        warn_of_other_work(before.share(), "is running here: the ratios may not repeat")
+        self.other_work = OtherWork()
+        self.keeps_freed_memory = keep_freed_memory()
+        self.names = list(dict.fromkeys([BASELINE, *args.optimizers]))
+        self.results: list[Row] = []
+        self.skipped: list[dict[str, str]] = []
+
+    def skip(self, optimizer: str, reason: str, where: str = "") -> None:
+        self.skipped.append({"optimizer": optimizer, "reason": reason, "where": where})
+
+    def warmed(
+        self, names: Iterable[str], make: Callable[[Contender], Step], where: str = "", warm_up: int = WARM_UP_STEPS
+    ) -> dict[str, Step]:
+        """Steps that have run a few times; who cannot run here is skipped. Empty if the baseline cannot."""
+        steps: dict[str, Step] = {}
+        for name in names:
+            try:
+                step = make(CONTENDERS[name])
+                for _ in range(warm_up):
+                    step()
+            except (Unavailable, RuntimeError, NotImplementedError) as error:
+                self.skip(name, str(error).strip().partition("\n")[0], where)
+                continue
+            steps[name] = step
+        return steps if BASELINE in steps else {}
+
+    def record(self, samples: Samples, name: str, place: Row, **more: Any) -> Row:
+        """One line of the results: a contender at some place (a model, a number of tensors)."""
+        row = {
+            **place,
+            "optimizer": name,
+            "label": CONTENDERS[name].label,
+            "seconds": summarize(all_seconds(samples, name)).as_json(),
+            "ratio": summarize(ratios(samples, name, BASELINE)).as_json(),
+            **more,
+        }
+        self.results.append(row)
+        return row
+
+    def finish(self, plot: Callable[[Path, Path], Iterable[Path]] | None = None, **content: Any) -> int:
+        """Write what was found, with all that it depends on; returns the program's exit status."""
+        if self.skipped:
+            reasons: dict[tuple[str, str], list[str]] = {}
+            for each in self.skipped:
+                reasons.setdefault((each["optimizer"], each["reason"]), []).append(each["where"])
+            made = table("not measured", "optimizer", "reason", "where")
+            for (name, reason), places in reasons.items():
+                made.add_row(CONTENDERS[name].label, reason, ", ".join(filter(None, places)))
+            console.print(made)
+        if not self.results:
+            console.print("nothing could be measured")
+            return NOTHING_MEASURED
+        path = self.args.out / f"{self.benchmark}-{self.device.type}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        other_work = self.other_work.share()
+        document = {
+            "benchmark": self.benchmark,
+            "device": self.device.type,
+            **describe_environment(self.device),
+            "other_work": None if other_work is None else round(other_work, 3),
+            "settings": {
+                "seconds": self.args.seconds, "baseline": BASELINE, "keeps_freed_memory": self.keeps_freed_memory,
+            },
+            "results": self.results,
+            "skipped": self.skipped,
+            **content,
+        }  # fmt: skip
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        console.print(f"results: {path}")
+        warn_of_other_work(other_work, "ran beside this: the ratios may not repeat")
+        if plot is not None and not self.args.no_plots:
+            for picture in plot(path, self.args.out):
+                console.print(f"plot: {picture}")
+        return 0
+
+
+def warn_of_other_work(share: float | None, consequence: str) -> None:
+    """Ratios survive a machine that slows now and then, but not one whose cores are taken all the time.
+
+    Threads that wait for each other then wait for the scheduler: torch's fused Adam was seen a thousand times slower.
+    """
+    if share is not None and share > MUCH_OTHER_WORK:
+        console.print(f"[bold]other work ({share:.0%} of the cores) {consequence}[/bold]")
 
 
 def table(title: str, *columns: str) -> Table:
@@ -124,6 +168,10 @@ def table(title: str, *columns: str) -> Table:
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return made
+
+
+def style_of(row: Row) -> str | None:
+    return "bold" if CONTENDERS[row["optimizer"]].runs_core else None
 
 
 def duration(seconds: float) -> str:

@@ -48,9 +48,9 @@ class Bucket:
     def table_equals(self, host_memory: int) -> bool: ...
     def set_memory(self, device_memory: int) -> None: ...
     def measure(self, sums: int, threads: int, stream: int) -> None:
-        """The path, and float64 [n, 5]."""
+        """The path, and float64 [n, 6]."""
     def advance(self, sums: int, evidence: int, threads: int, stream: int) -> None:
-        """Counts the step; float64 [n, 5] to float64 [n, 6]."""
+        """Counts the step; float64 [n, 6] to float64 [n, 6]."""
     def rescale(self, evidence: int, rows: int, threads: int, stream: int) -> None:
         """Scales follow evidence, float64 [rows, 6]: a row per tensor; where all have one scale, one, once for it."""
     def update(self, threads: int, stream: int) -> None: ...

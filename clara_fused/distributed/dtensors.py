@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
+
+from ..step import Location, TensorWork
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -30,11 +34,6 @@ def _is_awaited(part: object) -> bool:
     return hasattr(part, "trigger_wait")
 
 
-def is_ready(tensor: Tensor) -> bool:
-    """Whether this rank's part of a DTensor can be read at once."""
-    return not _is_awaited(cast("DTensor", tensor).to_local())
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor on every rank; all ranks of a DTensor's mesh must call this."""
     return cast("DTensor", tensor).full_tensor() if is_dtensor(tensor) else tensor
@@ -56,11 +55,46 @@ def placed_like(value: Tensor, param: Tensor) -> Tensor:
     return cast(DTensor, value).redistribute(mesh, placements)
 
 
-def placed_as_shard(part: Tensor, param: Tensor) -> Tensor:
-    """A DTensor like `param` (any dtype) whose part on this rank is `part`, sharing its memory; nothing is sent."""
+def placed_as_shard(part: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A DTensor with the mesh and placements of `like` whose part on this rank is `part`, sharing its memory.
+
+    Nothing is sent.
+
+    Args:
+        shape: of the whole tensor, contiguous; None: shape and strides of `like`.
+    """
     from torch.distributed.tensor import DTensor
 
-    target = cast("DTensor", param)
+    target = cast("DTensor", like)
+    stride = target.stride()
+    if shape is not None:
+        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return DTensor.from_local(
-        part, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+        part, target.device_mesh, target.placements, run_check=False, shape=shape or target.shape, stride=stride
     )
+
+
+def local_work(location: Location, param: Tensor, grad: Tensor, state: dict[str, Any]) -> TensorWork:
+    """What the back ends get to see of a parameter: of a DTensor, this rank's part of it and of its state.
+
+    A gradient with other placements than its parameter (DTensor's autograd leaves sums over ranks undone) is brought
+    to the parameter's first, as torch.optim's own operations do.
+    """
+    if not is_dtensor(param):
+        return TensorWork(location, param, grad, state)
+    if grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = placed_like(grad, param)
+    return TensorWork(location, local(param), local(grad), _LocalState(state))
+
+
+class _LocalState(dict[str, Any]):
+    """The state of a DTensor parameter with this rank's parts as values; a value set here is set in the state."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__({name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()})
+        self._state = state
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        super().__setitem__(name, value)
+        before = self._state[name]
+        self._state[name] = placed_as_shard(value, before) if is_dtensor(before) else value

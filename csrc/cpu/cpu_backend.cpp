@@ -120,11 +120,12 @@ class Worker {
       total.path_sq += chunks[i].path_sq;
       total.step_sq += chunks[i].step_sq;
       total.grad_sq += chunks[i].grad_sq;
-      total.grad_path += chunks[i].grad_path;
+      total.path_before_sq += chunks[i].path_before_sq;
+      total.weight += chunks[i].weight;
     }
-    const double weight = sample_weight(record);
-    return {weight * total.path_sq, weight * total.step_sq, weight * total.grad_sq, weight * total.grad_path,
-            static_cast<double>(record.numel)};
+    const double all = sample_weight(record);
+    return {all * total.path_sq,        all * total.step_sq, all * total.grad_sq,
+            all * total.path_before_sq, all * total.weight,  static_cast<double>(record.numel)};
   }
 
   // After the step has been counted.
@@ -187,12 +188,12 @@ Evidence advance_one(const TensorList& list, int64_t tensor, const PathSums& sum
   const TensorRecord& record = list.tensors[tensor];
   const GroupOptions& options = list.groups[record.group];
   *record.step += 1.0f;
-  const WalkState walk = advanced_walk({*record.walk[0], *record.walk[1], *record.walk[2]}, sums, options,
-                                       static_cast<double>(*record.step));
+  const double step = *record.step;
+  const WalkState walk = advanced_walk({*record.walk[0], *record.walk[1], *record.walk[2]}, sums, options, step);
   *record.walk[0] = walk.moment_sq;
   *record.walk[1] = walk.path_moment;
   *record.walk[2] = walk.path_sq;
-  return evidence_of(sums, walk, options);
+  return evidence_of(sums, walk, options, step);
 }
 
 void rescale_one(const TensorList& list, int64_t tensor, const Evidence& evidence) {
@@ -215,8 +216,9 @@ double order_free_sum(const std::vector<Evidence>& evidence, double Evidence::*m
 
 Evidence total(const std::vector<Evidence>& evidence) {
   return {order_free_sum(evidence, &Evidence::path_sq), order_free_sum(evidence, &Evidence::walk_sq),
-          order_free_sum(evidence, &Evidence::step_sq), order_free_sum(evidence, &Evidence::grad_sq),
-          order_free_sum(evidence, &Evidence::grad_path), order_free_sum(evidence, &Evidence::numel)};
+          order_free_sum(evidence, &Evidence::unit_walk_sq), order_free_sum(evidence, &Evidence::step_sq),
+          order_free_sum(evidence, &Evidence::step_walk_sq),
+          order_free_sum(evidence, &Evidence::numel)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -134,21 +134,25 @@ template <typename T>
 struct Sums {
   static constexpr int64_t kBlock = 16 * kElementsPerLine<T>;
 
-  LaneSums<T> path_sq, step_sq, grad_sq, grad_path;
+  LaneSums<T> path_sq, step_sq, grad_sq, path_before_sq, weight;
 
   inline void add(const ElementSums<Vector<T>>& elements) {
     path_sq.block += elements.path_sq;
     step_sq.block += elements.step_sq;
     grad_sq.block += elements.grad_sq;
-    grad_path.block += elements.grad_path;
+    path_before_sq.block += elements.path_before_sq;
+    weight.block += elements.weight;
   }
   inline void end_block() {
     path_sq.end_block();
     step_sq.end_block();
     grad_sq.end_block();
-    grad_path.end_block();
+    path_before_sq.end_block();
+    weight.end_block();
   }
-  inline ChunkSums totals() { return {path_sq.total(), step_sq.total(), grad_sq.total(), grad_path.total()}; }
+  inline ChunkSums totals() {
+    return {path_sq.total(), step_sq.total(), grad_sq.total(), path_before_sq.total(), weight.total()};
+  }
 };
 
 // One vector of elements at index i whose path is at index p.
@@ -171,7 +175,7 @@ inline ElementSums<Vector<T>> measure_vector(const Streams<T, Param, Grad>& s, i
     path = extended_path(path_before, step, c);
     S::store(path, s.path + p);
   }
-  return element_sums(path_before, path, step, grad, d);
+  return element_sums(path_before, path, step, grad, d, c);
 }
 
 // The same for less than a vector, or for pieces shorter than one.
@@ -188,7 +192,8 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
   if (c.moves) path.give(s.path + p, count);
   // Not what empty lanes have come to: without eps they hold 0 / 0.
   for (int64_t lane = count; lane < kLanes<T>; ++lane) {
-    sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = sums.grad_path[lane] = T(0);
+    sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = T(0);
+    sums.path_before_sq[lane] = sums.weight[lane] = T(0);
   }
   return sums;
 }

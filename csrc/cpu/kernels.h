@@ -21,7 +21,7 @@ struct Chunk {
 
 // See PathSums; of the elements that the chunk has looked at, not scaled to others.
 struct ChunkSums {
-  double path_sq, step_sq, grad_sq, grad_path;
+  double path_sq, step_sq, grad_sq, path_before_sq, weight;
 };
 
 // Coefficients have the arithmetic type of the parameter: double for float64, float otherwise.

@@ -1,12 +1,12 @@
 #include "cuda_backend.h"
 
 #include <cuda_runtime.h>
-#include <nvtx3/nvToolsExt.h>
 
 #include <algorithm>
-#include <cstdio>
+#include <cstddef>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "element_launch.h"
 #include "launch.h"
@@ -29,19 +29,6 @@ namespace {
 constexpr int64_t aligned_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 constexpr int64_t chunks_of(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
-
-// A named stretch of time in a profiler's view; free when none listens.
-class ProfilerRange {
- public:
-  ProfilerRange(const char* verb, const TensorList& list) {
-    char text[96];
-    std::snprintf(text, sizeof text, "clara.%s (%lld tensors)", verb, static_cast<long long>(list.count));
-    nvtxRangePushA(text);
-  }
-  ~ProfilerRange() { nvtxRangePop(); }
-  ProfilerRange(const ProfilerRange&) = delete;
-  ProfilerRange& operator=(const ProfilerRange&) = delete;
-};
 
 // ---------------------------------------------------------------------------------------------------------------
 // Cutting a list into launches; see Note [Launch arguments]
@@ -155,7 +142,6 @@ void require_served(const TensorList& list) {
 
 void enqueue_measure(const TensorList& list, const Placement& where) {
   require_served(list);
-  const ProfilerRange range("measure", list);
   for_each_launch(list, where, Work::kPathChunks, [&](const auto& arguments) {
     with_param_type(list.param_dtype, [&](auto param) {
       launch_measure<decltype(param)>(list.grad_dtype, target_of(where), arguments);
@@ -165,7 +151,6 @@ void enqueue_measure(const TensorList& list, const Placement& where) {
 
 void enqueue_reduce(const TensorList& list, const Placement& where, PathSums* sums, After after) {
   const char* name = after == After::kNothing ? "reduce" : "adapt";
-  const ProfilerRange range(name, list);
   for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
     arguments.sums = sums;
     arguments.after = after;
@@ -176,7 +161,6 @@ void enqueue_reduce(const TensorList& list, const Placement& where, PathSums* su
 
 void enqueue_update(const TensorList& list, const Placement& where) {
   require_served(list);
-  const ProfilerRange range("update", list);
   for_each_launch(list, where, Work::kChunks, [&](const auto& arguments) {
     with_param_type(list.param_dtype, [&](auto param) {
       launch_update<decltype(param)>(list.grad_dtype, target_of(where), arguments);
@@ -274,6 +258,15 @@ void write_table(const TensorRecord* tensors, int64_t count, void* host_memory) 
   }
 }
 
+bool is_table_of(const TensorRecord* tensors, int64_t count, const void* host_memory) {
+  // The rest of a table follows from its records. What lies behind their last member is padding.
+  constexpr size_t kBytes = offsetof(TensorRecord, kept) + sizeof(TensorRecord::kept);
+  const char* row = static_cast<const char*>(host_memory);
+  return std::all_of(tensors, tensors + count, [&row](const TensorRecord& tensor) {
+    return std::memcmp(&tensor, std::exchange(row, row + sizeof(TensorRecord)), kBytes) == 0;
+  });
+}
+
 void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   const DeviceGuard guard(where.device);
   enqueue_measure(list, where);
@@ -282,7 +275,6 @@ void measure(const TensorList& list, PathSums* sums, const Placement& where) {
 
 void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where) {
   const DeviceGuard guard(where.device);
-  const ProfilerRange range("advance", list);
   for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
     arguments.sums = const_cast<PathSums*>(sums);  // this kernel only reads them
     arguments.evidence = evidence;
@@ -293,7 +285,6 @@ void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, c
 
 void rescale(const TensorList& list, const Evidence* evidence, const Placement& where) {
   const DeviceGuard guard(where.device);
-  const ProfilerRange range("rescale", list);
   for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
     if (list.one_scale && arguments.first_tensor > 0) return;
     arguments.evidence = const_cast<Evidence*>(evidence);  // this kernel only reads it

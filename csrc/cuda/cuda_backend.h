@@ -54,6 +54,9 @@ Layout layout(int64_t count, const ChunkCounts& chunks);
 // The records' chunks must be numbered.
 void write_table(const TensorRecord* tensors, int64_t count, void* host_memory);
 
+// Whether a table of `count` records is the one of these records; faster than to write it again and compare.
+bool is_table_of(const TensorRecord* tensors, int64_t count, const void* host_memory);
+
 struct Placement {
   int device;
   void* stream;  // cudaStream_t

@@ -51,17 +51,25 @@ __device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Vis
   int first = static_cast<int>(threadIdx.x) * kVector;
   if (all_aligned) {
     if constexpr (kVectors > 1) {
+#pragma unroll 1
       for (; first + (kVectors - 1) * kStride + kVector <= count; first += kVectors * kStride) {
         visit(Turn<Access::kAligned, kVectors>{}, first);
       }
     }
+#pragma unroll 1
     for (; first + kVector <= count; first += kStride) visit(Turn<Access::kAligned, 1>{}, first);
   } else {
+#pragma unroll 1
     for (; first + kVector <= count; first += kStride) visit(Turn<Access::kMixed, 1>{}, first);
   }
 #pragma unroll 1
   for (; first < count; ++first) visit(Turn<Access::kSingle, 1>{}, first);
 }
+
+// Note [Registers]: addresses and coefficients lie in shared memory, and every turn reads them anew, so that the
+// registers are free for the elements that are on their way. Otherwise the compiler reads them once, keeps them, and
+// spills.
+__device__ __forceinline__ void read_shared_memory_again() { asm volatile("" ::: "memory"); }
 
 // P, G: storage of parameters and gradients.
 template <typename P, typename G>
@@ -146,12 +154,14 @@ struct Sample {
 };
 
 static_assert(kVector == 4, "log_kept >= 2 says that a vector lies within a run");
+static_assert(kPathChunk % 1024 == 0, "a chunk holds whole runs, whose longest are 1024");
 
 template <typename Turn, typename P, typename G>
 __device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, const Stream<float>& paths,
                                                 const Sample& sample, const MeasureCoefficients<float>& c, int first,
-                                                float (&sums)[4]) {
+                                                float (&sums)[kSums]) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
+  read_shared_memory_again();
   Elements<P, G, Turn::kCount> elements[Turn::kVectors];
   Vector<float, Turn::kCount> path[Turn::kVectors];
 #pragma unroll
@@ -168,11 +178,12 @@ __device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, co
       const float u = adam_step(elements[k].m.element[i], to.d, c.adam);
       const float before = path[k].element[i];
       if (c.moves) path[k].element[i] = extended_path(before, u, c);
-      const ElementSums<float> of_element = element_sums(before, path[k].element[i], u, to.grad, to.d);
+      const ElementSums<float> of_element = element_sums(before, path[k].element[i], u, to.grad, to.d, c);
       sums[0] += of_element.path_sq;
       sums[1] += of_element.step_sq;
       sums[2] += of_element.grad_sq;
-      sums[3] += of_element.grad_path;
+      sums[3] += of_element.path_before_sq;
+      sums[4] += of_element.weight;
     }
     if (c.moves) paths.store<Turn::kAccess>(first + k * Turn::kStride, path[k]);
   }
@@ -187,18 +198,20 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   const TensorOfChunk tensor = tensor_of(arguments, chunk);
   const TensorRecord& record = tensor.record;
 
+  const Sample sample = {log2_of(record.run), log2_of(record.kept)};
+  const int64_t first = (chunk - record.first_path_chunk) * kPathChunk;
+  const int count = count_in_chunk(sample.path_numel(record.numel), first, kPathChunk);
   __shared__ MeasureCoefficients<float> with;
+  __shared__ Streams<P, G> streams;
+  __shared__ Stream<float> path;
   if (threadIdx.x == 0) {
+    streams = streams_of<P, G>(arguments, tensor, sample.first_element(first));
+    path = stream_at<float>(record.path, first);
     with = measure_coefficients<float>(arguments.group(record), *record.step + 1.0f, arguments.grad_scale);
   }
   __syncthreads();
 
-  const Sample sample = {log2_of(record.run), log2_of(record.kept)};
-  const int64_t first = (chunk - record.first_path_chunk) * kPathChunk;
-  const int count = count_in_chunk(sample.path_numel(record.numel), first, kPathChunk);
-  const Streams<P, G> streams = streams_of<P, G>(arguments, tensor, sample.first_element(first));
-  const Stream<float> path = stream_at<float>(record.path, first);
-  float sums[4] = {};
+  float sums[kSums] = {};
   if (sample.in_vectors()) {
     for_each_vector<kMeasureVectors>(count, streams.all_aligned() && path.aligned(), [&](auto turn, int i) {
       measure_vectors<decltype(turn)>(streams, path, sample, with, i, sums);
@@ -210,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   }
 
   block_reduce(sums, Sum{});
-  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3]};
+  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4]};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -221,6 +234,7 @@ template <typename Turn, typename P, typename G>
 __device__ __forceinline__ void update_vectors(const Streams<P, G>& streams, const UpdateCoefficients<float>& c,
                                                int first) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
+  read_shared_memory_again();
   Elements<P, G, Turn::kCount> elements[Turn::kVectors];
 #pragma unroll
   for (int k = 0; k < Turn::kVectors; ++k) {
@@ -250,14 +264,15 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const A
   const TensorOfChunk tensor = tensor_of(arguments, chunk);
   const TensorRecord& record = tensor.record;
 
+  const int64_t first = (chunk - record.first_chunk) * kChunk;
   __shared__ UpdateCoefficients<float> with;
+  __shared__ Streams<P, G> streams;
   if (threadIdx.x == 0) {
+    streams = streams_of<P, G>(arguments, tensor, first);
     with = update_coefficients<float>(arguments.group(record), *record.step, arguments.grad_scale, *record.lr_scale);
   }
   __syncthreads();
 
-  const int64_t first = (chunk - record.first_chunk) * kChunk;
-  const Streams<P, G> streams = streams_of<P, G>(arguments, tensor, first);
   for_each_vector<kUpdateVectors>(
       count_in_chunk(record.numel, first, kChunk), streams.all_aligned(),
       [&](auto turn, int i) { update_vectors<decltype(turn)>(streams, with, i); });

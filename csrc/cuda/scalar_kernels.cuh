@@ -19,7 +19,7 @@ __device__ __forceinline__ Evidence advanced(const TensorRecord& record, const P
   *record.walk[0] = walk.moment_sq;
   *record.walk[1] = walk.path_moment;
   *record.walk[2] = walk.path_sq;
-  return evidence_of(sums, walk, options);
+  return evidence_of(sums, walk, options, static_cast<double>(step));
 }
 
 __device__ __forceinline__ void rescale_tensor(const TensorRecord& record, const Evidence& evidence,
@@ -92,21 +92,22 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
 
   const ElementSums<float>* partial_sums = arguments.partial_sums + record.first_path_chunk;
   const int64_t path_chunks = (path_numel(record) + kPathChunk - 1) / kPathChunk;
-  double total[4] = {};
+  double total[kSums] = {};
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) {
     const ElementSums<float> part = partial_sums[i];
     total[0] += static_cast<double>(part.path_sq);
     total[1] += static_cast<double>(part.step_sq);
     total[2] += static_cast<double>(part.grad_sq);
-    total[3] += static_cast<double>(part.grad_path);
+    total[3] += static_cast<double>(part.path_before_sq);
+    total[4] += static_cast<double>(part.weight);
   }
   block_reduce(total, Sum{});
 
   if (threadIdx.x == 0) {
-    const double weight = sample_weight(record);
-    const PathSums sums = {weight * total[0], weight * total[1], weight * total[2], weight * total[3],
-                           static_cast<double>(record.numel)};
+    const double all = sample_weight(record);
+    const PathSums sums = {all * total[0], all * total[1], all * total[2],
+                           all * total[3], all * total[4], static_cast<double>(record.numel)};
     if (arguments.after == After::kNothing) {
       arguments.sums[tensor] = sums;
     } else {

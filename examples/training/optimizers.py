@@ -27,12 +27,10 @@ def option_names(optimizer: str) -> set[str]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """``"clip=0.5,1.02"`` -> ``("clip", (0.5, 1.02))``. Values are Python literals, true, false, dtypes or words."""
+    """``"clip=0.5,1.02"`` -> ``("clip", (0.5, 1.02))``. Values are Python literals, true, false or words."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"{text!r} is not of the form name=value")
-    if isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
-        return name, getattr(torch, value.removeprefix("torch."))
     if value in ("true", "false"):
         return name, value == "true"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import runpy
@@ -21,10 +22,11 @@ import setuptools
 import torch
 from helpers import core_available
 
-from clara_fused import AdamClaraLocal, __version__, core_backend
-from clara_fused._interface import interface_stamp
+from clara_fused import AdamClaraLocal, __version__
+from clara_fused.core import loading
+from clara_fused.core._interface import interface_stamp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
 
 
@@ -32,15 +34,19 @@ BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
 def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:
     """setup.py's names, with these environment variables and without building anything."""
 
-    def load(**variables: str) -> SimpleNamespace:
+    def load(root: str = str(ROOT), **variables: str) -> SimpleNamespace:
         for name in BUILD_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-        return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+        return SimpleNamespace(**runpy.run_path(f"{root}/setup.py"))
 
     return load
+
+
+# What the real nvcc does with setup.py's probe: makes a program that names the GPUs.
+PROBE_ANSWER = "for last; do :; done; printf '#!/bin/sh\\necho {gpus}\\n' > $last; chmod +x $last"
 
 
 @pytest.fixture
@@ -50,17 +56,17 @@ def fake_toolkit(tmp_path: Path) -> Any:
     def make(
         version: str = "12.8",
         archs: str = "compute_75\ncompute_80\ncompute_90\ncompute_120",
-        compiling: str = "exit 0",
+        gpus: str = "sm_90",
+        compiling: str = PROBE_ANSWER,
     ) -> Path:
         home = tmp_path / "toolkit"
         (home / "bin").mkdir(parents=True)
-        (home / "lib64").mkdir()
         nvcc = home / "bin" / "nvcc"
         nvcc.write_text(
             "#!/bin/sh\ncase $1 in\n"
             f"--version) echo 'Cuda compilation tools, release {version}, V{version}.1' ;;\n"
             f"--list-gpu-arch) printf '{archs}\\n' ;;\n"
-            f"--dryrun) echo '#$ TOP={home}/bin/..' >&2 ;;\n*) {compiling} ;;\nesac\n"
+            f"*) {compiling.format(gpus=gpus)} ;;\nesac\n"
         )
         nvcc.chmod(0o755)
         wrapper = tmp_path / "path" / "nvcc"
@@ -74,120 +80,171 @@ def fake_toolkit(tmp_path: Path) -> Any:
 
 def test_an_unknown_kind_is_refused(load_setup: Any) -> None:
     with pytest.raises(SystemExit, match=r"CLARA_BUILD=gpu: expected one of python, cpu, cuda"):
-        load_setup(CLARA_BUILD="gpu")
+        load_setup(CLARA_BUILD="gpu").make_plan()
 
 
 def test_a_kind_that_cannot_be_built_is_refused(load_setup: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"CLARA_BUILD=cpu: no C\+\+17 compiler works \(tried .*no-such-compiler"):
-        load_setup(CLARA_BUILD="cpu", CXX="no-such-compiler")
-    with pytest.raises(SystemExit, match=r"CLARA_BUILD=cuda: there is no bin/nvcc in CUDA_HOME"):
-        load_setup(CLARA_BUILD="cuda", CUDA_HOME=str(tmp_path))
+        load_setup(CLARA_BUILD="cpu", CXX="no-such-compiler").make_plan()
+    with pytest.raises(SystemExit, match=r"CLARA_BUILD=cuda: no nvcc in CUDA_HOME"):
+        load_setup(CLARA_BUILD="cuda", CUDA_HOME=str(tmp_path)).make_plan()
 
 
 def test_without_a_compiler_the_default_is_pure_python(load_setup: Any) -> None:
-    plan = load_setup(CXX="no-such-compiler").PLAN
+    plan = load_setup(CXX="no-such-compiler").make_plan()
     assert plan.kind == "python"
     assert "no C++17 compiler works" in str(plan)
 
 
-def test_without_pybind11_the_default_is_pure_python(load_setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pybind11", None)
-    assert "pybind11 is missing: pip install pybind11" in str(load_setup().PLAN)
-    with pytest.raises(SystemExit, match="CLARA_BUILD=cpu: pybind11 is missing"):
-        load_setup(CLARA_BUILD="cpu")
+@pytest.mark.parametrize("tool", ["pybind11", "ninja"])
+def test_without_a_build_tool_the_default_is_pure_python(
+    tool: str, load_setup: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tool else find_spec(name))
+    assert f"{tool} is missing: pip install {tool}" in str(load_setup().make_plan())
+    with pytest.raises(SystemExit, match=f"CLARA_BUILD=cpu: {tool} is missing"):
+        load_setup(CLARA_BUILD="cpu").make_plan()
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_without_nvcc_the_default_is_the_cpu(
     load_setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for tool in ("g++", "as", "ld"):
-        found = shutil.which(tool)
-        if found is None:
-            pytest.skip(f"needs {tool}")
-        (tmp_path / tool).symlink_to(found)
+    (tmp_path / "g++").symlink_to(str(shutil.which("g++")))
     monkeypatch.setenv("PATH", str(tmp_path))
-    plan = load_setup().PLAN
+    plan = load_setup().make_plan()
     assert plan.kind == "cpu"
     assert "no nvcc on the path" in str(plan)
 
 
-@pytest.mark.parametrize("editable", [True, False])
-def test_objects_are_kept_for_the_next_build(
-    editable: bool, load_setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("declaration", ["clara_fused/core/_core.pyi", "clara_fused/elsewhere/_core.pyi"])
+def test_the_core_lies_beside_its_declaration(
+    declaration: str, tmp_path: Path, load_setup: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    command = load_setup(CLARA_BUILD="python").BuildCore(setuptools.Distribution())
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / declaration).parent.mkdir(parents=True)
+    (tmp_path / declaration).touch()
+    module = load_setup(root=str(tmp_path)).CORE.name
+    assert module == declaration.removesuffix(".pyi").replace("/", ".")
+
+
+def build(names: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip asks of setup.py, but for the compiler."""
+    distribution = setuptools.Distribution({"name": "clara-fused", "version": "9.9", "ext_modules": [names.CORE]})
+    command = names.BuildCore(distribution)
+    command.build_lib = "lib"
     command.ensure_finalized()
-    command.editable_mode = editable
-    if editable:
-        command.build_temp = str(tmp_path)  # setuptools deletes it
-    assert ROOT / "build" in command.object_folder().parents
+    command.build_extension(names.CORE)
 
 
-@pytest.mark.parametrize("editable", [True, False])
 def test_without_a_core_that_of_an_earlier_build_is_not_used(
-    editable: bool,
-    load_setup: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    load_setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish_build = load_setup(CLARA_BUILD="python").FinishBuild
-    monkeypatch.setitem(finish_build.run.__globals__, "ROOT", tmp_path)
-    (tmp_path / "clara_fused").mkdir()
+    names = load_setup(CLARA_BUILD="python")
+    monkeypatch.setitem(names.BuildCore.build_extension.__globals__, "DECLARATION", tmp_path / "_core.pyi")
     core, of_another_python = (
-        tmp_path / "clara_fused" / f"_core{suffix}" for suffix in (sysconfig.get_config_var("EXT_SUFFIX"), ".other.so")
+        tmp_path / f"_core{suffix}" for suffix in (sysconfig.get_config_var("EXT_SUFFIX"), ".other.so")
     )
     core.touch()
     of_another_python.touch()
-    command = finish_build(setuptools.Distribution())
-    command.editable_mode = editable
-    command.run()
-    assert core.exists() is not editable
+    build(names, monkeypatch)
+    assert not core.exists()
     assert of_another_python.exists()
-    assert "built pure Python, without the compiled core (CLARA_BUILD=python)" in capsys.readouterr().err
+    assert "building pure Python, without the compiled core (CLARA_BUILD=python)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_every_source_is_compiled_and_paths_may_hold_spaces(
+    load_setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = load_setup(CLARA_BUILD="cpu")
+    text = names.ninja_file(names.make_plan(), "9.9", tmp_path / "a $ b" / "_core.so", tmp_path)
+    for source in (ROOT / "csrc").rglob("*.cpp"):
+        assert str(source) in text
+    assert text.count("cpu/kernels.cpp") == len(names.INSTRUCTION_SETS)
+    (tmp_path / "build.ninja").write_text(text)
+    dry_run = subprocess.run(
+        [sys.executable, "-m", "ninja", "-n", "-v", "-C", str(tmp_path)], capture_output=True, text=True
+    )
+    assert dry_run.returncode == 0, dry_run.stdout
+    assert "/a $ b/_core.so'" in dry_run.stdout
+
+
+def test_a_compiler_that_fails_says_what_to_do(
+    load_setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = load_setup(CLARA_BUILD="python")
+    globals_ = names.BuildCore.build_extension.__globals__
+    monkeypatch.setitem(globals_, "ROOT", tmp_path)
+    monkeypatch.setitem(globals_, "make_plan", lambda: names.Plan("cpu", "", ["false"]))
+    with pytest.raises(SystemExit, match="CLARA_BUILD=python installs without it"):
+        build(names, monkeypatch)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 class TestToolkit:
-    def test_nvcc_says_where_it_lives(
+    def test_nvcc_may_be_a_wrapper(
         self, load_setup: Any, fake_toolkit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        home = fake_toolkit()
+        fake_toolkit()
         monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
-        cuda = load_setup().PLAN.cuda
-        assert cuda.home == home.resolve()
-        assert cuda.archs == ("75", "80", "90", "120")
-        assert cuda.code_flags()[-1] == "-gencode=arch=compute_120,code=compute_120"
+        names = load_setup()
+        plan = names.make_plan()
+        assert plan.cuda.nvcc == str(tmp_path / "path" / "nvcc")
+        assert names.link_command(plan, tmp_path / "exports")[0] == plan.cuda.nvcc
 
     def test_cuda_home_wins(
         self, load_setup: Any, fake_toolkit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         home = fake_toolkit()
         monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
-        assert load_setup(CUDA_HOME=str(home)).PLAN.cuda.home == home
+        assert load_setup(CUDA_HOME=str(home)).make_plan().cuda.nvcc == str(home / "bin" / "nvcc")
 
     def test_an_old_toolkit_is_refused(self, load_setup: Any, fake_toolkit: Any) -> None:
         home = str(fake_toolkit(version="12.3"))
-        with pytest.raises(SystemExit, match=r"CUDA 12\.3 .* is too old: 12\.4 or newer"):
-            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home)
-        assert load_setup(CUDA_HOME=home).PLAN.kind == "cpu"
+        with pytest.raises(SystemExit, match=r"CUDA 12\.3, which is too old: 12\.4 or newer"):
+            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home).make_plan()
+        assert load_setup(CUDA_HOME=home).make_plan().kind == "cpu"
 
     def test_a_toolkit_that_does_not_work_with_the_compiler_is_refused(
         self, load_setup: Any, fake_toolkit: Any
     ) -> None:
         home = str(fake_toolkit(compiling="echo 'host_config.h: fatal error: unsupported GNU version!' >&2; exit 1"))
-        plan = load_setup(CUDA_HOME=home).PLAN
+        plan = load_setup(CUDA_HOME=home).make_plan()
         assert plan.kind == "cpu"
         assert "unsupported GNU version" in str(plan)
         with pytest.raises(SystemExit, match=r"CLARA_BUILD=cuda: .*nvcc with g\+\+ cannot compile .* unsupported GNU"):
-            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home)
+            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home).make_plan()
+
+    def test_it_compiles_for_the_gpus_that_are_there(self, load_setup: Any, fake_toolkit: Any) -> None:
+        plan = load_setup(CUDA_HOME=str(fake_toolkit(gpus="sm_90 sm_80 sm_90"))).make_plan()
+        assert plan.cuda.archs == ["80", "90"]
+        assert str(plan) == "the compiled core for the CPU and CUDA 12.8 (sm_80, sm_90)"
+
+    def test_a_gpu_newer_than_the_toolkit_gets_the_newest_code(self, load_setup: Any, fake_toolkit: Any) -> None:
+        names = load_setup(CUDA_HOME=str(fake_toolkit(gpus="sm_130")))
+        plan = names.make_plan()
+        assert plan.cuda.archs == ["120"]
+        flags = next(command for _, source, command in names.compilations(plan, "9.9") if source.suffix == ".cu")
+        assert flags[-2:] == ["-gencode=arch=compute_120,code=sm_120", "-gencode=arch=compute_120,code=compute_120"]
+
+    def test_without_a_gpu_cuda_is_built_only_when_asked_for(self, load_setup: Any, fake_toolkit: Any) -> None:
+        home = str(fake_toolkit(gpus=""))
+        plan = load_setup(CUDA_HOME=home).make_plan()
+        assert plan.kind == "cpu"
+        assert "no GPU answers here; CLARA_CUDA_ARCHS=all" in str(plan)
+        supported = ["75", "80", "90", "120"]
+        assert load_setup(CUDA_HOME=home, CLARA_BUILD="cuda").make_plan().cuda.archs == supported
+        assert load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="all").make_plan().cuda.archs == supported
+        with pytest.raises(SystemExit, match="no GPU answers here"):
+            load_setup(CUDA_HOME=home, CLARA_BUILD="cuda", CLARA_CUDA_ARCHS="native").make_plan()
 
     def test_architectures_can_be_chosen(self, load_setup: Any, fake_toolkit: Any) -> None:
         home = str(fake_toolkit())
-        assert load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="8.0;90").PLAN.cuda.archs == ("80", "90")
-        with pytest.raises(SystemExit, match="does not know 61"):
-            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home, CLARA_CUDA_ARCHS="61")
+        assert load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="8.0;90").make_plan().cuda.archs == ["80", "90"]
+        with pytest.raises(SystemExit, match="does not know 61; it knows 75, 80, 90, 120"):
+            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home, CLARA_CUDA_ARCHS="61").make_plan()
 
 
 # --- the module ------------------------------------------------------------------------------------------------------
@@ -200,7 +257,7 @@ class TestModule:
         if sys.platform != "linux" or shutil.which("objdump") is None:
             pytest.skip("needs objdump")
         headers = subprocess.run(
-            ["objdump", "-p", core_backend._core_module().__file__], capture_output=True, text=True, check=True
+            ["objdump", "-p", loading.core_or_warning().__file__], capture_output=True, text=True, check=True
         ).stdout
         needed = re.findall(r"NEEDED\s+(\S+)", headers)
         assert needed
@@ -212,7 +269,7 @@ class TestModule:
         if sys.platform != "linux" or shutil.which("objdump") is None:
             pytest.skip("needs objdump")
         table = subprocess.run(
-            ["objdump", "-T", core_backend._core_module().__file__], capture_output=True, text=True, check=True
+            ["objdump", "-T", loading.core_or_warning().__file__], capture_output=True, text=True, check=True
         ).stdout
         assert "PyInit__core" in table
         assert not re.findall(r"arc4random|getentropy|_dl_find_object", table)
@@ -221,7 +278,7 @@ class TestModule:
         if sys.platform != "linux" or shutil.which("objdump") is None:
             pytest.skip("needs objdump")
         table = subprocess.run(
-            ["objdump", "-T", core_backend._core_module().__file__], capture_output=True, text=True, check=True
+            ["objdump", "-T", loading.core_or_warning().__file__], capture_output=True, text=True, check=True
         ).stdout
         lines = [line.split() for line in table.splitlines() if re.match(r"^[0-9a-f]{8,}", line)]
         exported = {words[-1] for words in lines if "*UND*" not in words}
@@ -277,15 +334,15 @@ def _no_core(package: Path) -> None:
 
 
 def _broken_core(package: Path) -> None:
-    (package / CORE_FILE).write_bytes(b"\x7fELF broken")
+    (package / "core" / CORE_FILE).write_bytes(b"\x7fELF broken")
 
 
 def _core_of_older_sources(package: Path) -> None:
     """As after `git pull` in an editable install."""
     if not core_available():
         pytest.skip("needs the compiled core")
-    shutil.copy(core_backend._core_module().__file__, package / CORE_FILE)
-    with (package / "_core.pyi").open("a") as declaration:
+    shutil.copy(loading.core_or_warning().__file__, package / "core" / CORE_FILE)
+    with (package / "core" / "_core.pyi").open("a") as declaration:
         declaration.write("def new() -> None: ...\n")
 
 
@@ -322,8 +379,8 @@ def test_a_package_without_its_declaration_uses_its_core(tmp_path: Path) -> None
         pytest.skip("needs the compiled core")
     package = tmp_path / "clara_fused"
     shutil.copytree(ROOT / "clara_fused", package, ignore=shutil.ignore_patterns("*.so", "*.pyi", "__pycache__"))
-    shutil.copy(core_backend._core_module().__file__, package / CORE_FILE)
-    run = _run_beside(package, "from clara_fused.core_backend import core_status; print(core_status('cpu', None))")
+    shutil.copy(loading.core_or_warning().__file__, package / "core" / CORE_FILE)
+    run = _run_beside(package, "from clara_fused.core import core_status; print(core_status('cpu', None))")
     assert run.stdout.strip() == "None", run.stderr
 
 
@@ -353,13 +410,13 @@ def _declared_interface() -> set[str]:
             elif isinstance(node, ast.Assign):
                 found.add(owner + ast.unparse(node.targets[0]))
 
-    visit(ast.parse((ROOT / "clara_fused" / "_core.pyi").read_text()).body, "")
+    visit(ast.parse((ROOT / "clara_fused" / "core" / "_core.pyi").read_text()).body, "")
     return found
 
 
 def _compiled_interface() -> set[str]:
     """The same of the module; pybind11 writes signatures into docstrings."""
-    core = core_backend._core_module()
+    core = loading.core_or_warning()
     found = set()
 
     def visit(owner: str, members: dict[str, Any]) -> None:
@@ -388,12 +445,12 @@ def test_the_declaration_is_that_of_the_core() -> None:
 def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     if not core_available():
         pytest.skip("needs the compiled core")
-    monkeypatch.setattr(core_backend, "__version__", "9.9")
-    core_backend._load.cache_clear()
+    monkeypatch.setattr(loading, "__version__", "9.9")
+    loading.load.cache_clear()
     try:
-        assert "of version" in (core_backend.core_status("cpu", torch.float32) or "")
+        assert "of version" in (loading.core_status("cpu", torch.float32) or "")
     finally:
-        core_backend._load.cache_clear()
+        loading.load.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +460,7 @@ def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fresh_core_status() -> Iterator[None]:
     """What the process found out about its core is found out again, before and after the test."""
-    caches = (core_backend._load, core_backend._warn_without_core, core_backend._cuda_problem)
+    caches = (loading.load, loading.core_or_warning, loading._cuda_problem, loading.dtype_codes)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -426,9 +483,9 @@ def test_without_a_core_everything_names_the_reason(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(core_backend.importlib, "import_module", refuse)
-    assert message in (core_backend.core_status("cpu", torch.float32) or "")
-    text = core_backend.describe_installation()
+    monkeypatch.setattr(loading.importlib, "import_module", refuse)
+    assert message in (loading.core_status("cpu", torch.float32) or "")
+    text = loading.describe_installation()
     assert f"compiled core: none (the compiled core {message}" in text
     assert "PyTorch operations: the compiled core " + message in text
     param = torch.nn.Parameter(torch.ones(3))
@@ -479,8 +536,8 @@ def test_the_reason_why_a_device_or_dtype_is_not_served(
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(core_backend.importlib, "import_module", lambda *_: _CudaCore(built_with_cuda, problem))
-    status = core_backend.core_status(device, dtype)
+    monkeypatch.setattr(loading.importlib, "import_module", lambda *_: _CudaCore(built_with_cuda, problem))
+    status = loading.core_status(device, dtype)
     if reason is None:
         assert status is None
     else:

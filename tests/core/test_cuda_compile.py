@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-compile"
 UNITS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-# 512 threads' worth of registers per multiprocessor at the least: two blocks of 256.
-MAX_REGISTERS = 96
+# What 1024 threads of a multiprocessor may have: enough of them to keep its share of the memory busy.
+MAX_REGISTERS = 64
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def kernels() -> list[Kernel]:
 @pytest.mark.timeout(1200)
 def test_compiles_for_every_architecture_without_warnings(kernels: list[Kernel]) -> None:
     names = {kernel.name for kernel in kernels}
-    for part in ("measure_kernelILb0E", "measure_kernelILb1E", "apply_kernel", "reduce_kernel", "adapt_kernel"):
+    for part in ("measure_kernel", "update_kernel", "reduce_kernel", "advance_kernel", "rescale_kernel"):
         assert any(part in name for name in names), part
     architectures = {kernel.architecture for kernel in kernels}
     assert len(kernels) == len(names) * len(architectures)

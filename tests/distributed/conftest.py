@@ -32,3 +32,7 @@ def world2(worlds: dict[int, World]) -> World:
 @pytest.fixture
 def world4(worlds: dict[int, World]) -> World:
     return worlds[4]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many seconds; left out by `pytest -m 'not slow'`")

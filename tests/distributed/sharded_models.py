@@ -29,7 +29,16 @@ VARIANTS: dict[str, type[clara_fused.AdamClara]] = {
 }
 INPUTS, HIDDEN, OUTPUTS, BATCH = 6, 10, 3, 16
 # Scales move a lot within a few steps.
-LIVELY: dict[str, Any] = {"lr": 0.02, "smoothing": 0.3, "damping": 0.7, "clip": (0.5, 1.6), "weight_decay": 0.1}
+LIVELY: dict[str, Any] = {
+    "lr": 0.02,
+    "smoothing": 0.3,
+    "damping": 0.7,
+    "clip": (0.5, 1.6),
+    "weight_decay": 0.1,
+    "initial_scale": 1.0,
+}
+# Also those of tensors with a handful of elements, which say too little for the walk's rule to follow at once.
+MOVING: dict[str, Any] = {**LIVELY, "reference": 0.5}
 
 
 class Model(nn.Module):

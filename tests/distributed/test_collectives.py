@@ -10,16 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import World
-from sharded_models import LAYOUTS, LIVELY, VARIANTS, make_model, on_all_ranks
+from sharded_models import LAYOUTS, MOVING, VARIANTS, make_model, on_all_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import clara_fused
-from clara_fused import sharding
+from clara_fused.distributed import collectives
 
 CHECKSUM_BYTES = 32 * 8
+ROW_BYTES = 5 * 8  # of adaptation.PathSums
+TOTAL_BYTES = 6 * 8  # of adaptation.Evidence
 
 
 class SentSums:
@@ -42,7 +44,7 @@ class SentSums:
 
 def collectives_of_a_step(layout: str, variant: str) -> tuple[list[tuple[tuple[int, ...], int]], dict[str, int]]:
     """What one step sends after the first, as the optimizer's calls and as PyTorch's own communication counter."""
-    sharded = LAYOUTS[layout][1](make_model(), functools.partial(VARIANTS[variant], **LIVELY))
+    sharded = LAYOUTS[layout][1](make_model(), functools.partial(VARIANTS[variant], **MOVING))
     sharded.step(0)
     sharded.backward(1)
     optimizer = getattr(sharded.optimizer, "optim", sharded.optimizer)  # ZeRO's own broadcasts are not ours
@@ -51,37 +53,41 @@ def collectives_of_a_step(layout: str, variant: str) -> tuple[list[tuple[tuple[i
     return sent, {str(op): count for op, count in counter.get_comm_counts().items()}
 
 
-# Per layout, seen from rank 0: the ranks of the sums and the number of parameters in each under Local, the ranks of the
-# sums under Global. The model has 9 parameters, of which tensor parallelism places 4 on its mesh.
+# Per layout, seen from rank 0: the ranks of the sums and the number of tensors in each, under Local and under Global;
+# and whether Global sums its totals too. The model has 9 parameters; tensor parallelism places 4 of them on its mesh.
 ALL = (0, 1, 2, 3)
-EXPECTED: dict[str, tuple[list[tuple[tuple[int, ...], int]], list[tuple[int, ...]]]] = {
-    "fsdp2-4": ([(ALL, 9)], [ALL]),
-    "hsdp-2x2": ([((0, 1), 9)], [(0, 1)]),  # mesh [[0, 1], [2, 3]]: never over the replicas
-    "tp-2": ([((0, 1), 4)], [(0, 1)]),
+Sums = list[tuple[tuple[int, ...], int]]
+EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
+    "fsdp2-4": ([(ALL, 9)], [(ALL, 9)], False),
+    "hsdp-2x2": ([((0, 1), 9)], [((0, 1), 9)], False),  # mesh [[0, 1], [2, 3]]: never over the replicas
+    "tp-2": ([((0, 1), 4)], [((0, 1), 9)], False),  # Global: copies as well, for the scale's last bit
     # Two meshes: data x tensor parallel for 4 parameters, data parallel alone (ranks 0 and 2) for 5.
-    "fsdp2-tp-2x2": ([(ALL, 4), ((0, 2), 5)], [ALL]),
-    "fsdp1-4": ([(ALL, 9)], [ALL]),
-    "zero1-2": ([], [(0, 1)]),
-    "ddp-2": ([], []),
+    "fsdp2-tp-2x2": ([(ALL, 4), ((0, 2), 5)], [(ALL, 9)], False),
+    "fsdp1-4": ([(ALL, 9)], [(ALL, 9)], True),
+    "zero1-2": ([], [], True),
+    "ddp-2": ([], [], False),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", EXPECTED)
 def test_one_collective_per_mesh_over_the_ranks_that_shard(worlds, layout: str, variant: str) -> None:
-    sent, counted = worlds[LAYOUTS[layout][0]].run(collectives_of_a_step, layout, variant)[0]
-    local, total = EXPECTED[layout]
-    if variant == "Global":
-        expected = [(ranks, CHECKSUM_BYTES + 16) for ranks in total]
-    else:
-        expected = [(ranks, CHECKSUM_BYTES + 16 * rows) for ranks, rows in local]
+    size = LAYOUTS[layout][0]
+    sent, counted = worlds[size].run(collectives_of_a_step, layout, variant)[0]
+    by_tensor, by_tensor_global, totals = EXPECTED[layout]
+    expected = [
+        (ranks, CHECKSUM_BYTES + ROW_BYTES * rows)
+        for ranks, rows in (by_tensor_global if variant == "Global" else by_tensor)
+    ]
+    if variant == "Global" and totals:
+        expected.append((tuple(range(size)), CHECKSUM_BYTES + TOTAL_BYTES))
     assert sorted(sent) == sorted(expected)
     assert sum(counted.values()) == len(expected), counted
 
 
 def objects_over_steps(layout: str, variant: str) -> list[tuple[int, int]]:
     """Numbers of Python objects and of tensors after every 50 steps, each with fresh gradients."""
-    sharded = LAYOUTS[layout][1](make_model(), functools.partial(VARIANTS[variant], **LIVELY))
+    sharded = LAYOUTS[layout][1](make_model(), functools.partial(VARIANTS[variant], **MOVING))
     sharded.step(0)
     gradients = [(param, param.grad) for param in sharded.model.parameters()]
     counts = []
@@ -120,7 +126,7 @@ def mixed_placements(variant: str) -> tuple[list[float], list[float], list[tuple
         nn.Parameter(whole.detach().clone()) if placed is None else _placed(mesh, whole.detach().clone(), *placed)
         for whole, placed in zip(wholes, placements, strict=True)
     ]
-    sharded, alone = (VARIANTS[variant](ps, **LIVELY) for ps in (params, wholes))
+    sharded, alone = (VARIANTS[variant](ps, **MOVING) for ps in (params, wholes))
     sent: list[tuple[tuple[int, ...], int]] = []
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
@@ -146,7 +152,7 @@ def test_mixed_placements_count_every_element_once(world4: World, variant: str) 
         assert scales == pytest.approx(expected, rel=2e-7)
         assert max(abs(scale - 1.0) for scale in scales) > 0.05
         # All dimensions shard something, so one collective over all of the mesh serves everything.
-        assert sent == [(ALL, CHECKSUM_BYTES + 16 * (1 if variant == "Global" else 4))]
+        assert sent == [(ALL, CHECKSUM_BYTES + ROW_BYTES * (5 if variant == "Global" else 4))]
 
 
 def sub_mesh_of_a_larger_world(variant: str) -> float:
@@ -155,9 +161,9 @@ def sub_mesh_of_a_larger_world(variant: str) -> float:
     mesh = sides["rows", "columns"]
     torch.manual_seed(dist.get_rank() // 2)
     param = _placed(mesh, torch.randn(6, 4, dtype=torch.float64), Shard(0), Shard(1))
-    optimizer = VARIANTS[variant]([param], **LIVELY)
+    optimizer = VARIANTS[variant]([param], **MOVING)
     whole = nn.Parameter(param.full_tensor().detach().clone())
-    alone = VARIANTS[variant]([whole], **LIVELY)
+    alone = VARIANTS[variant]([whole], **MOVING)
     for step in range(4):
         whole.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64) + 1.0
         param.grad = distribute_tensor(whole.grad, mesh, param.placements, src_data_rank=None)
@@ -178,10 +184,11 @@ def test_meshes_side_by_side_do_not_mix(world4: World, variant: str) -> None:
 def groups_over_several_dimensions() -> tuple[list[int], bool]:
     """A group for a mesh that is neither one dimension nor the world, as 2-D meshes in a larger world need it."""
     ranks = (0, 1) if dist.get_rank() < 2 else (2, 3)
-    group = sharding._group_of(ranks)
+    group = collectives.group_of(ranks)
     rank = torch.tensor([dist.get_rank()])
     dist.all_reduce(rank, group=group)
-    return rank.tolist(), sharding._group_of(ranks) is group and sharding._group_of((0, 1, 2, 3)) is dist.group.WORLD
+    world = collectives.group_of((0, 1, 2, 3))
+    return rank.tolist(), collectives.group_of(ranks) is group and world is dist.group.WORLD
 
 
 def test_groups_over_several_dimensions_are_made_once(world4: World) -> None:
@@ -207,7 +214,7 @@ def scales_with_differing_copies() -> list[float]:
     mesh = init_device_mesh("cpu", (4,))
     plain = nn.Parameter(torch.ones(7, dtype=torch.float64))
     sharded = _placed(mesh, torch.ones(8, dtype=torch.float64), Shard(0))
-    optimizer = clara_fused.AdamClaraGlobal([plain, sharded], **LIVELY)
+    optimizer = clara_fused.AdamClaraGlobal([plain, sharded], **MOVING)
     for step in range(20):
         noise = torch.randn(8, generator=torch.Generator().manual_seed(step), dtype=torch.float64) + 1.0
         plain.grad = noise[:7] * (1.0 + 1e-6 * dist.get_rank())

@@ -19,8 +19,10 @@ from sharded_models import (
     Sharded,
     full_parameters,
     make_model,
+    on_all_ranks,
     scales_by_name,
 )
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+from clara_fused.state import SCALARS, WALK
 
 BEFORE, AFTER = 5, 4
 FORMS: dict[str, StateDictOptions] = {
@@ -152,9 +156,9 @@ def through_memory(layout: str, variant: str, form: str) -> None:
     train(second, BEFORE, AFTER)
     assert_same(outcome(second), outcome(first), bitwise=True)
     for param, entry in second.optimizer.state.items():
-        assert entry["step"].shape == entry["lr_scale"].shape == ()
-        assert not isinstance(entry["step"], DTensor)
-        assert not isinstance(entry["lr_scale"], DTensor)
+        for name in ("step", "lr_scale", *WALK):
+            assert entry[name].shape == ()
+            assert not isinstance(entry[name], DTensor)
         for name in ("exp_avg", "exp_avg_sq", "path"):
             assert type(entry[name]) is (DTensor if isinstance(param, DTensor) else torch.Tensor)
             if isinstance(param, DTensor):
@@ -228,6 +232,30 @@ def test_fsdp1_state_of_each_rank(world4: World, variant: str) -> None:
     world4.run(fsdp1_state_dict, variant)
 
 
+def fsdp1_whole_state_dict(variant: str) -> None:
+    """FSDP1's own functions: what is 0-dim goes through; on ranks with an empty shard FSDP1 loads nothing."""
+    first = build("fsdp1-4", variant)
+    train(first, 0, BEFORE)
+    whole = FullyShardedDataParallel.optim_state_dict(first.model, first.optimizer)
+    scales = {name: entry["lr_scale"].item() for name, entry in whole["state"].items()}
+    assert scales == {name: pytest.approx(scale) for name, scale in scales_by_name(first).items()}
+    second = build("fsdp1-4", variant)
+    parts = FullyShardedDataParallel.optim_state_dict_to_load(second.model, second.optimizer, copy.deepcopy(whole))
+    second.optimizer.load_state_dict(parts)
+    second.step(BEFORE)
+    assert all(other == scales_by_name(second) for other in on_all_ranks(scales_by_name(second)))
+    params = dict(second.model.named_parameters())
+    for name in SCALARS:
+        here = {key: second.optimizer.state[param][name].item() for key, param in params.items()}
+        assert all(other == here for other in on_all_ranks(here)), name
+    assert {entry["step"].item() for entry in second.optimizer.state.values()} == {BEFORE + 1}
+
+
+@pytest.mark.parametrize("variant", ["Global", "Smoothed"])
+def test_fsdp1_whole_state_dict(world4: World, variant: str) -> None:
+    world4.run(fsdp1_whole_state_dict, variant)
+
+
 def zero1_state_dict() -> None:
     first = build("zero1-2", "Global")
     train(first, 0, BEFORE)
@@ -246,3 +274,42 @@ def zero1_state_dict() -> None:
 
 def test_zero1_state_dict(world2: World) -> None:
     world2.run(zero1_state_dict)
+
+
+# --- checkpoints of other optimizers ---------------------------------------------------------------------------------
+
+
+def of_adamw(layout: str, folder: str) -> None:
+    """Train with torch.optim.AdamW, save, load into ours: what AdamW lacks is missing in the checkpoint."""
+    sharded = LAYOUTS[layout][1](make_model(), functools.partial(torch.optim.AdamW, lr=0.02))
+    train(sharded, 0, BEFORE)
+    state = {
+        "model": get_model_state_dict(sharded.model),
+        "optimizer": get_optimizer_state_dict(sharded.model, sharded.optimizer),
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+    ours = LAYOUTS[layout][1](
+        make_model(seed=4), functools.partial(VARIANTS["Local"], lr=0.02, decoupled_weight_decay=True)
+    )
+    state = {
+        "model": get_model_state_dict(ours.model),
+        "optimizer": get_optimizer_state_dict(ours.model, ours.optimizer),
+    }
+    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_model_state_dict(ours.model, state["model"])
+    set_optimizer_state_dict(ours.model, ours.optimizer, state["optimizer"])
+    for param, other in zip(ours.model.parameters(), sharded.model.parameters(), strict=True):
+        entry, expected = ours.optimizer.state[param], sharded.optimizer.state[other]
+        assert entry["step"].item() == BEFORE
+        assert entry["lr_scale"].item() == 1.0  # it has been trained at this rate
+        moments = [(entry[name], expected[name]) for name in ("exp_avg", "exp_avg_sq")]
+        for got, want in moments:
+            assert torch.equal(got.to_local(), want.to_local())
+        assert not entry["path"].to_local().any()
+    train(ours, BEFORE, AFTER)
+    assert all(0.5 < scale < 2.0 for scale in scales_by_name(ours).values())
+
+
+def test_adamw_checkpoint_through_dcp(world2: World, tmp_path: Path) -> None:
+    world2.run(of_adamw, "fsdp2-2", str(tmp_path / "checkpoint"))

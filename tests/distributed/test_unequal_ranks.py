@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from helpers import why_not_core
 from ranks import World
-from sharded_models import LAYOUTS, LIVELY, VARIANTS, Sharded, full_parameters, make_model, on_all_ranks
+from sharded_models import LAYOUTS, MOVING, VARIANTS, Sharded, full_parameters, make_model, on_all_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import clara_fused
+from clara_fused.state import SCALARS
 
 
 def gradient_on_some_ranks_only(variant: str, use_group: bool) -> list[list[float]]:
@@ -30,7 +31,7 @@ def gradient_on_some_ranks_only(variant: str, use_group: bool) -> list[list[floa
         return nn.Parameter(values if use_group else DTensor.from_local(values, mesh, [Shard(0)], run_check=False))
 
     params = [parameter(torch.full((4,), 1.0 + i, dtype=torch.float64)) for i in range(2)]
-    optimizer = VARIANTS[variant](params, **LIVELY, process_group=dist.group.WORLD if use_group else None)
+    optimizer = VARIANTS[variant](params, **MOVING, process_group=dist.group.WORLD if use_group else None)
     history = []
     for step in range(6):
         for i, param in enumerate(params):
@@ -44,6 +45,8 @@ def gradient_on_some_ranks_only(variant: str, use_group: bool) -> list[list[floa
         optimizer.step()
         history.append(optimizer.lr_scales()[0].tolist())
     assert len(optimizer.state) == 2
+    if not (use_group and variant == "Global"):  # there each rank has the walk of what it holds
+        history += [[entry[name].item() for name in SCALARS] for entry in optimizer.state.values()]
     return history
 
 
@@ -52,13 +55,13 @@ def gradient_on_some_ranks_only(variant: str, use_group: bool) -> list[list[floa
 def test_scales_stay_equal_where_gradients_are_missing(world2: World, variant: str, use_group: bool) -> None:
     first, second = world2.run(gradient_on_some_ranks_only, variant, use_group)
     assert first == second
-    assert all(a != b for a, b in itertools.pairwise(first))
+    assert all(a != b for a, b in itertools.pairwise(first[:6]))
 
 
 def rank_without_parameters_of_its_own() -> list[float]:
     """ZeRO with more ranks than parameters: some ranks never step anything."""
     param = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    make = functools.partial(clara_fused.AdamClaraGlobal, **LIVELY, process_group=dist.group.WORLD)
+    make = functools.partial(clara_fused.AdamClaraGlobal, **MOVING, process_group=dist.group.WORLD)
     optimizer = torch.distributed.optim.ZeroRedundancyOptimizer([param], optimizer_class=make)
     for step in range(5):
         param.grad = torch.randn(3, generator=torch.Generator().manual_seed(step), dtype=torch.float64) + 1.0
@@ -77,7 +80,7 @@ def scale_of_a_rank_without_state() -> list[list[float]]:
 
     def make() -> Any:
         # Without decay the path does not depend on where the parameter is.
-        options = {**LIVELY, "weight_decay": 0.0}
+        options = {**MOVING, "weight_decay": 0.0}
         return clara_fused.AdamClaraGlobal([param], **options, process_group=dist.group.WORLD)
 
     def step(optimizer: Any, number: int) -> None:
@@ -107,8 +110,8 @@ def group_that_only_one_rank_needs() -> list[float]:
     param = nn.Parameter(distribute_tensor(torch.ones(4, dtype=torch.float64), mesh, [Shard(0)]))
     plain = [nn.Parameter(torch.ones(2, dtype=torch.float64))] if dist.get_rank() == 1 else []
     wholes = [nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in (2, 4)]
-    optimizer = clara_fused.AdamClaraGlobal([*plain, param], **LIVELY, process_group=dist.group.WORLD)
-    alone = clara_fused.AdamClaraGlobal(wholes, **LIVELY)
+    optimizer = clara_fused.AdamClaraGlobal([*plain, param], **MOVING, process_group=dist.group.WORLD)
+    alone = clara_fused.AdamClaraGlobal(wholes, **MOVING)
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
         for whole in wholes:
@@ -149,7 +152,7 @@ def test_rank_without_plain_parameters_is_told_where_each_must_have_a_shard(worl
 def message_of_disagreement(layout: str, variant: str, first: dict[str, Any], later: dict[str, Any]) -> tuple[int, str]:
     """Rank 1 differs from rank 0, from the start or from step 2 on; the step that raised, and what it said."""
     differs = dist.get_rank() == 1
-    options = {**LIVELY, **(first if differs else {})}
+    options = {**MOVING, **(first if differs else {})}
     sharded = LAYOUTS[layout][1](make_model(), functools.partial(VARIANTS[variant], **options))
     optimizer = getattr(sharded.optimizer, "optim", sharded.optimizer)
     for step in range(4):
@@ -188,7 +191,7 @@ def replicas_that_differ(mesh_shape: tuple[int, ...], placements: list[Any], var
     param = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, placements))
     param.grad = distribute_tensor(torch.ones(4, 4), mesh, placements)
     in_second_half = dist.get_rank() >= dist.get_world_size() // 2
-    optimizer = VARIANTS[variant]([param], **{**LIVELY, "damping": 0.9 if in_second_half else 0.7})
+    optimizer = VARIANTS[variant]([param], **{**MOVING, "damping": 0.9 if in_second_half else 0.7})
     with pytest.raises(RuntimeError) as caught:
         optimizer.step()
     assert not optimizer.state
@@ -237,7 +240,7 @@ def _bad_gradient(optimizer: torch.optim.Optimizer) -> None:
 
 def step_that_fails_on_one_rank(variant: str, at_step: int, spoil: Any, amp: bool) -> tuple[str, str]:
     params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
-    optimizer = VARIANTS[variant]([{"params": [p]} for p in params], **LIVELY, process_group=dist.group.WORLD)
+    optimizer = VARIANTS[variant]([{"params": [p]} for p in params], **MOVING, process_group=dist.group.WORLD)
     for step in range(at_step + 1):
         for param in params:
             param.grad = torch.ones(4) + step
@@ -281,7 +284,7 @@ def test_a_step_that_fails_on_one_rank_fails_on_all(
 
 def step_that_fails_on_all_ranks(at_step: int) -> str:
     param = nn.Parameter(torch.ones(4))
-    optimizer = clara_fused.AdamClaraLocal([param], **LIVELY, process_group=dist.group.WORLD)
+    optimizer = clara_fused.AdamClaraLocal([param], **MOVING, process_group=dist.group.WORLD)
     for _ in range(at_step):
         param.grad = torch.ones(4)
         optimizer.step()
@@ -348,7 +351,7 @@ def refusals() -> list[str]:
         messages.append(str(caught.value))
 
     partial = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False))
-    refuse(ValueError, lambda: clara_fused.AdamClaraLocal([nn.Parameter(torch.ones(1)), partial]))
+    refuse(ValueError, clara_fused.AdamClaraLocal([nn.Parameter(torch.ones(1)), partial]).step)
     param = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Shard(0)]))
     other_mesh = init_device_mesh("cpu", (1, 2))
     optimizer = clara_fused.AdamClaraLocal([param])
@@ -374,7 +377,7 @@ def gradients_with_other_placements(variant: str, placements: list[Any]) -> None
     rank = dist.get_rank()
     params = [nn.Parameter(distribute_tensor(torch.arange(1.0, 6.0), mesh, [p])) for p in placements]
     wholes = [nn.Parameter(torch.arange(1.0, 6.0)) for _ in params]
-    sharded, alone = VARIANTS[variant](params, **LIVELY), VARIANTS[variant](wholes, **LIVELY)
+    sharded, alone = VARIANTS[variant](params, **MOVING), VARIANTS[variant](wholes, **MOVING)
     for step in range(5):
         grad = torch.randn(5, generator=torch.Generator().manual_seed(step)) + 1.0
         part = grad * (0.25 if rank == 0 else 0.75)
@@ -422,7 +425,7 @@ def test_process_group_of_others_is_refused(world2: World) -> None:
 
 def copies_and_pickles() -> None:
     param = nn.Parameter(torch.ones(4) + dist.get_rank())
-    optimizer = clara_fused.AdamClaraLocal([param], **LIVELY, process_group=dist.group.WORLD)
+    optimizer = clara_fused.AdamClaraLocal([param], **MOVING, process_group=dist.group.WORLD)
 
     def step(optimizer: torch.optim.Optimizer, number: int) -> list[float]:
         (param,) = optimizer.param_groups[0]["params"]
@@ -453,7 +456,7 @@ def test_copies_share_the_group_and_pickles_ask_for_it(world2: World) -> None:
 
 def group_given_later() -> list[float]:
     param = nn.Parameter(torch.ones(4))
-    optimizer = clara_fused.AdamClaraLocal([param], **LIVELY)
+    optimizer = clara_fused.AdamClaraLocal([param], **MOVING)
     for step in range(6):
         if step == 3:
             optimizer.process_group = dist.group.WORLD
@@ -475,7 +478,7 @@ def test_process_group_can_be_set_between_steps(world2: World) -> None:
 
 def overflow_on_a_sharded_model(variant: str) -> None:
     """found_inf, as a GradScaler sets it on all ranks, leaves everything as it was, and nobody waits for anybody."""
-    sharded = LAYOUTS["fsdp2-2"][1](make_model(torch.float32), functools.partial(VARIANTS[variant], **LIVELY))
+    sharded = LAYOUTS["fsdp2-2"][1](make_model(torch.float32), functools.partial(VARIANTS[variant], **MOVING))
     optimizer = sharded.optimizer
     for step in range(3):
         sharded.step(step, torch.float32)
@@ -501,14 +504,14 @@ def test_overflow_changes_nothing(world2: World, variant: str) -> None:
     world2.run(overflow_on_a_sharded_model, variant)
 
 
-def overflow_on_one_rank(variant: str, use_group: bool, deferred: bool, fused: bool) -> None:
+def overflow_on_one_rank(variant: str, use_group: bool, fused: bool) -> None:
     """`found_inf` as a scaler sets it that looks at this rank's gradients only: all skip the step, like one process."""
     mesh = init_device_mesh("cpu", (2,))
     rank = dist.get_rank()
     whole = nn.Parameter(torch.linspace(1.0, 2.0, 6))
     part = whole.detach().chunk(2)[rank].clone()
     param = nn.Parameter(part if use_group else distribute_tensor(whole.detach(), mesh, [Shard(0)]))
-    options = {**LIVELY, "deferred": deferred, "fused": fused}
+    options = {**MOVING, "fused": fused}
     optimizer = VARIANTS[variant]([param], **options, process_group=dist.group.WORLD if use_group else None)
     alone = VARIANTS[variant]([whole], **options)
     for step in range(6):
@@ -529,28 +532,27 @@ def overflow_on_one_rank(variant: str, use_group: bool, deferred: bool, fused: b
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
 @pytest.mark.parametrize("use_group", [False, True], ids=["dtensor", "process_group"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_overflow_on_one_rank_skips_the_step_on_all(
-    world2: World, variant: str, use_group: bool, deferred: bool, fused: bool
+    world2: World, variant: str, use_group: bool, fused: bool
 ) -> None:
     if fused and (reason := why_not_core("cpu", torch.float32)):
         pytest.skip(reason)
-    world2.run(overflow_on_one_rank, variant, use_group, deferred, fused)
+    world2.run(overflow_on_one_rank, variant, use_group, fused)
 
 
 def scaled_training(variant: str, fused_amp: bool) -> float:
     """A GradScaler, with an overflow in the shard of one rank; the largest difference from one process."""
-    make = functools.partial(VARIANTS[variant], **LIVELY)
-    model = make_model(torch.float32)
-    sharded = LAYOUTS["fsdp2-2"][1](make_model(torch.float32), make)
+    make = functools.partial(VARIANTS[variant], **MOVING)
+    model = make_model()
+    sharded = LAYOUTS["fsdp2-2"][1](make_model(), make)
     alone = Sharded(model, make(model.parameters()), 0, 1)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) for _ in range(2)]
     for step in range(8):
         for run, scaler in zip((sharded, alone), scalers, strict=True):
             run.optimizer.enable_fused_amp(fused_amp)
-            run.backward(step, torch.float32, scaler.scale)
+            run.backward(step, scaled=scaler.scale)
         if step == 4:
             model.up.weight.grad[-1, -1] = torch.inf
             part = sharded.model.up.weight.grad.to_local()
@@ -570,4 +572,4 @@ def scaled_training(variant: str, fused_amp: bool) -> float:
 @pytest.mark.parametrize("fused_amp", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_grad_scaler_finds_the_overflow_of_any_rank(world2: World, variant: str, fused_amp: bool) -> None:
-    assert max(world2.run(scaled_training, variant, fused_amp)) < 1e-5
+    assert max(world2.run(scaled_training, variant, fused_amp)) < 5e-8

@@ -3,7 +3,8 @@
 //   conformance [name part]...    runs the tests whose names contain one of these, or all
 //
 // Every step is checked on its own: from what the tensors held before it, the formulas say what they must hold after.
-// So nothing accumulates, and the tolerances are those of a few float32 operations and one rounding to storage.
+// So nothing accumulates, and the tolerances are those of a few float32 operations and one rounding to storage. What an
+// element adds to the sums, and what becomes of them, is taken from adam_clara.h, in double: other tests are about that.
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -17,15 +18,19 @@
 #include <vector>
 
 #include "../../csrc/cuda/cuda_backend.h"
+#include "../../csrc/cuda/tuning.h"
 #include "cuda_emulation.h"
 
 namespace {
 
 using clara::DType;
+using clara::ElementSums;
+using clara::Evidence;
 using clara::GroupOptions;
 using clara::PathSums;
-using clara::Variant;
+using clara::WalkState;
 using clara::cuda::kChunk;
+using clara::cuda::kPathChunk;
 
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -115,23 +120,32 @@ class Array {
 // A whole optimizer's worth of tensors
 // ---------------------------------------------------------------------------------------------------------------
 
+enum class Variant { kGlobal, kLocal, kSmoothed };
+
 struct Group {
   double lr = 0.01, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.0;
-  bool decoupled = false, maximize = false, amsgrad = false, accumulate = true, adapt_lr = true;
-  double smoothing = 0.05, damping = 2.5, lr_smoothing = 0.9;
+  bool decoupled = false, maximize = false, amsgrad = false, adapt_lr = true;
+  double smoothing = 0.05, damping = 0.5;
   double reference = 0.0;  // 0: random walk
-  bool measured_walk = false;
   double clip_low = 0.5, clip_high = 1.05;
   double scale_low = 1e-4, scale_high = 1e4;
   int lr_tensor = 0;  // 4: float32, 8: float64
 };
 
+// A tensor's size, and its sample: the first `kept` of every `run` elements.
+struct Size {
+  int64_t numel;
+  int run = 1, kept = 1;
+
+  int64_t path_numel() const { return numel / run * kept; }
+  int64_t element(int64_t path_element) const { return path_element / kept * run + path_element % kept; }
+};
+
 struct Setup {
-  DType param = DType::kFloat32, grad = DType::kFloat32, path = DType::kFloat32;
+  DType param = DType::kFloat32, grad = DType::kFloat32;
   Variant variant = Variant::kLocal;
-  bool deferred = false;
   std::vector<Group> groups = {Group{}};
-  std::vector<int64_t> sizes;
+  std::vector<Size> sizes;
   bool misaligned = false;
   double grad_scale = 0.0;  // 0: none
   float found_inf = -1.0f;  // -1: none
@@ -139,63 +153,31 @@ struct Setup {
   uint64_t seed = 1;
 };
 
-// kappa_1 ... kappa_count, by the recursion of docs/algorithm.md.
-std::vector<double> random_walk(double beta1, double smoothing, int count) {
-  const double q = 1.0 - smoothing, s = std::sqrt(smoothing * (2.0 - smoothing));
-  std::vector<double> kappa;
-  double v = 0.0, c = 0.0, p = 0.0;
-  for (int t = 1; t <= count; ++t) {
-    const double a = s / (1.0 - std::pow(beta1, t));
-    v = beta1 * beta1 * v + (1.0 - beta1) * (1.0 - beta1);
-    const double previous_c = c;
-    c = q * beta1 * c + a * v;
-    p = q * q * p + 2.0 * q * a * beta1 * previous_c + a * a * v;
-    kappa.push_back(p);
-  }
-  return kappa;
-}
-
-double random_walk_limit(double beta1, double smoothing) {
-  const double q = 1.0 - smoothing;
-  return (1.0 - beta1) / (1.0 + beta1) * (1.0 + beta1 * q) / (1.0 - beta1 * q);
-}
-
-// E[u^2] on pure noise: V_t / (1 - beta1^t)^2.
-double step_variance(double beta1, int64_t step) {
-  double v = 0.0;
-  for (int64_t t = 0; t < step; ++t) v = beta1 * beta1 * v + (1.0 - beta1) * (1.0 - beta1);
-  return v / std::pow(1.0 - std::pow(beta1, step), 2.0);
-}
-
-constexpr int kTableLength = 300;
-constexpr int kLastStep = 5000;
-
-// Beyond the back end's table too, where the recursion just goes on.
-double expected_kappa(const Group& group, int64_t step) {
-  if (group.reference != 0.0) return group.reference;
-  static std::map<std::pair<double, double>, std::vector<double>> known;
-  std::vector<double>& kappa = known[{group.beta1, group.smoothing}];
-  if (kappa.empty()) kappa = random_walk(group.beta1, group.smoothing, kLastStep + 10);
-  return kappa.at(static_cast<size_t>(step - 1));
-}
-
 struct Tensor {
-  Tensor(const Setup& setup, int64_t count, int group_index, const std::function<int()>& offset)
+  Tensor(const Setup& setup, const Size& shape, int group_index, const std::function<int()>& offset)
       : group(group_index),
-        param(setup.param, count, offset()),
-        grad(setup.grad, count, offset()),
-        exp_avg(DType::kFloat32, count, offset()),
-        exp_avg_sq(DType::kFloat32, count, offset()),
-        max_exp_avg_sq(DType::kFloat32, count, offset()),
-        path(setup.path, count, offset()),
+        size(shape),
+        param(setup.param, size.numel, offset()),
+        grad(setup.grad, size.numel, offset()),
+        exp_avg(DType::kFloat32, size.numel, offset()),
+        exp_avg_sq(DType::kFloat32, size.numel, offset()),
+        max_exp_avg_sq(DType::kFloat32, size.numel, offset()),
+        path(DType::kFloat32, size.path_numel(), offset()),
         step(DType::kFloat32, 1, 0),
         lr_scale(DType::kFloat32, 1, 0) {}
 
   int group;
+  Size size;
   Array param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, path, step, lr_scale;
+  std::vector<Array> walk = {3, Array(DType::kFloat32, 1, 0)};
 
   std::vector<const Array*> state() const {
-    return {&param, &exp_avg, &exp_avg_sq, &max_exp_avg_sq, &path, &step, &lr_scale};
+    return {&param, &exp_avg,  &exp_avg_sq, &max_exp_avg_sq, &path,
+            &step,  &lr_scale, &walk[0],    &walk[1],        &walk[2]};
+  }
+  WalkState walk_state() const {
+    return {static_cast<float>(walk[0].get(0)), static_cast<float>(walk[1].get(0)),
+            static_cast<float>(walk[2].get(0))};
   }
 };
 
@@ -203,30 +185,24 @@ class Optimizer {
  public:
   explicit Optimizer(const Setup& setup) : setup_(setup), random_(setup.seed) {
     const auto offset = [this] { return setup_.misaligned ? static_cast<int>(random_() % 5) : 0; };
-    const int steps[] = {0, 0, 1, 7, 40, kTableLength - 2, kTableLength, kLastStep};
+    const int steps[] = {0, 0, 1, 7, 40, 300, 5000};
     for (size_t i = 0; i < setup.sizes.size(); ++i) {
       tensors_.push_back(std::make_unique<Tensor>(setup, setup.sizes[i], static_cast<int>(i % setup.groups.size()),
                                                   offset));
       Tensor& t = *tensors_.back();
       t.step.set(0, steps[random_() % std::size(steps)]);
       t.lr_scale.set(0, setup.variant == Variant::kGlobal ? 1.0 : uniform(0.5, 2.0));
+      const double walk_size = random_() % 4 == 0 ? 0.0 : static_cast<double>(t.size.numel) + 1.0;
+      for (Array& scalar : t.walk) scalar.set(0, walk_size * uniform(0.1, 1.0));
       for (int64_t k = 0; k < t.param.count(); ++k) {
         t.param.set(k, uniform(-1.0, 1.0));
         t.exp_avg.set(k, uniform(-0.1, 0.1));
         t.exp_avg_sq.set(k, uniform(0.0, 0.1));
         t.max_exp_avg_sq.set(k, uniform(0.0, 0.1));
-        t.path.set(k, uniform(-1.0, 1.0));
       }
+      for (int64_t k = 0; k < t.path.count(); ++k) t.path.set(k, uniform(-1.0, 1.0));
     }
-    for (const Group& group : setup.groups) {
-      tables_.push_back(random_walk(group.beta1, group.smoothing, kTableLength));
-      if (group.measured_walk) {
-        for (int t = 1; t <= kTableLength; ++t) {
-          tables_.back()[static_cast<size_t>(t - 1)] /= step_variance(group.beta1, t);
-        }
-      }
-      lr_tensors_.push_back({static_cast<float>(group.lr), group.lr});
-    }
+    for (const Group& group : setup.groups) lr_tensors_.push_back({static_cast<float>(group.lr), group.lr});
     if (setup.variant == Variant::kGlobal) shared_scale_ = &tensors_.at(0)->lr_scale;
     describe();
     draw_gradients();
@@ -264,18 +240,28 @@ class Optimizer {
     list_.found_inf = setup_.found_inf >= 0.0f ? &found_inf_ : nullptr;
     list_.param_dtype = setup_.param;
     list_.grad_dtype = setup_.grad;
-    list_.path_dtype = setup_.path;
-    list_.variant = setup_.variant;
-    list_.deferred = setup_.deferred;
+    list_.one_scale = setup_.variant == Variant::kGlobal;
     return list_;
   }
 
-  // The sums that the last whole step left behind, in the order of the tensors.
+  const GroupOptions& options_of(const Tensor& t) const { return groups_[static_cast<size_t>(t.group)]; }
+
+  // What the chunks of a tensor left behind in the last step, added up here.
   PathSums sums_of(size_t i) {
-    const auto offsets = clara::cuda::layout(list_.count, list_.chunk_count);
-    PathSums sums;
     const size_t row = reversed_ ? tensors_.size() - 1 - i : i;
-    std::memcpy(&sums, memory_.data() + offsets.sums + static_cast<int64_t>(row * sizeof sums), sizeof sums);
+    const auto offsets = clara::cuda::layout(list_.count, {list_.chunk_count, list_.path_chunk_count});
+    const auto* parts = reinterpret_cast<const ElementSums<float>*>(memory_.data() + offsets.partial_sums);
+    const Size& size = tensors_[i]->size;
+    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
+    const double weight = static_cast<double>(size.run) / size.kept;
+    const int64_t first = records_[row].first_path_chunk;
+    for (int64_t chunk = first; chunk * kPathChunk < first * kPathChunk + size.path_numel(); ++chunk) {
+      sums.path_sq += weight * parts[chunk].path_sq;
+      sums.step_sq += weight * parts[chunk].step_sq;
+      sums.grad_sq += weight * parts[chunk].grad_sq;
+      sums.path_before_sq += weight * parts[chunk].path_before_sq;
+      sums.weight += weight * parts[chunk].weight;
+    }
     return sums;
   }
 
@@ -293,50 +279,52 @@ class Optimizer {
     o.lr_tensor_is_double = group.lr_tensor == 8;
     o.maximize = group.maximize;
     o.decoupled_weight_decay = group.decoupled;
-    o.accumulate = group.accumulate;
     o.adapt_lr = group.adapt_lr;
-    o.scale_rule = setup_.variant == Variant::kSmoothed ? clara::ScaleRule::kSmoothed : clara::ScaleRule::kFactor;
     o.beta1 = group.beta1;
     o.beta2 = group.beta2;
     o.log_beta1 = std::log(group.beta1);
     o.log_beta2 = std::log(group.beta2);
     o.eps = group.eps;
     o.weight_decay = group.weight_decay;
-    o.path_decay = 1.0 - group.smoothing;
-    o.path_gain = std::sqrt(group.smoothing * (2.0 - group.smoothing));
-    o.factor_gain = group.smoothing / (2.0 * group.damping);
-    o.walk_unit = group.measured_walk ? clara::WalkUnit::kStepSquared : clara::WalkUnit::kElement;
+    o.smoothing = group.smoothing;
+    o.damping = group.damping;
+    o.reference = group.reference;
     o.clip_low = group.clip_low;
     o.clip_high = group.clip_high;
-    o.lr_smoothing = group.lr_smoothing;
+    o.lr_smoothing = setup_.variant == Variant::kSmoothed ? 0.9 : 0.0;
     o.scale_low = group.scale_low;
     o.scale_high = group.scale_high;
-    if (group.reference != 0.0) {
-      o.reference = {nullptr, 0, group.reference, 0.0};
-    } else {
-      const double units = group.measured_walk ? (1.0 + group.beta1) / (1.0 - group.beta1) : 1.0;
-      o.reference = {tables_[g].data(), kTableLength, units * random_walk_limit(group.beta1, group.smoothing),
-                     2.0 * std::log(1.0 - group.smoothing)};
-    }
     return o;
   }
 
   void describe() {
     records_.clear();
-    list_.chunk_count = 0;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       Tensor& t = ordered(i);
-      records_.push_back({t.param.data(), t.exp_avg.data(), t.exp_avg_sq.data(),
-                          setup_.groups[t.group].amsgrad ? t.max_exp_avg_sq.data() : nullptr, t.path.data(),
-                          static_cast<float*>(t.step.data()), static_cast<float*>(scale_of(t).data()), t.param.count(),
-                          list_.chunk_count, t.group, 0});
-      list_.chunk_count += clara::cuda::chunks_of(t.param.count());
+      clara::TensorRecord record{};
+      record.param = t.param.data();
+      record.exp_avg = t.exp_avg.data();
+      record.exp_avg_sq = t.exp_avg_sq.data();
+      record.max_exp_avg_sq = setup_.groups[static_cast<size_t>(t.group)].amsgrad ? t.max_exp_avg_sq.data() : nullptr;
+      record.path = t.path.data();
+      record.step = static_cast<float*>(t.step.data());
+      record.lr_scale = static_cast<float*>(scale_of(t).data());
+      for (size_t k = 0; k < t.walk.size(); ++k) record.walk[k] = static_cast<float*>(t.walk[k].data());
+      record.numel = t.size.numel;
+      record.group = t.group;
+      record.run = t.size.run;
+      record.kept = t.size.kept;
+      records_.push_back(record);
     }
+    const int64_t count = static_cast<int64_t>(records_.size());
+    const clara::cuda::ChunkCounts chunks = clara::cuda::number_chunks(records_.data(), count);
+    list_.chunk_count = chunks.chunks;
+    list_.path_chunk_count = chunks.path_chunks;
     grads_.resize(tensors_.size());
     groups_.resize(setup_.groups.size());
-    const auto offsets = clara::cuda::layout(static_cast<int64_t>(records_.size()), list_.chunk_count);
+    const auto offsets = clara::cuda::layout(count, chunks);
     memory_.assign(static_cast<size_t>(offsets.bytes), '\xff');  // scratch has no initial value
-    clara::cuda::write_table(records_.data(), static_cast<int64_t>(records_.size()), memory_.data());
+    clara::cuda::write_table(records_.data(), count, memory_.data());
   }
 
   struct LrTensor {
@@ -347,7 +335,6 @@ class Optimizer {
   Setup setup_;
   std::mt19937_64 random_;
   std::vector<std::unique_ptr<Tensor>> tensors_;
-  std::vector<std::vector<double>> tables_;
   std::vector<LrTensor> lr_tensors_;
   Array* shared_scale_ = nullptr;
   bool reversed_ = false;
@@ -398,100 +385,129 @@ void require_close(double got, double want, double tolerance, Place place, const
   throw Failure(text);
 }
 
-// Above the walk and below 0.6 of it, relative to the path; in between the scale rests.
-double excess_over_measured_walk(double ratio) {
-  return ratio > 1.0 ? 1.0 - 1.0 / ratio : ratio < 0.6 ? 1.0 - 0.6 / ratio : 0.0;
-}
-
-double next_scale(double scale, double ratio, double path_sq, const Group& g, Variant variant) {
-  if (!g.adapt_lr || !std::isfinite(ratio) || path_sq == 0.0) return scale;
-  const double excess = g.measured_walk ? excess_over_measured_walk(ratio) : ratio - 1.0;
-  const double f = std::min(std::max(std::exp(g.smoothing / (2.0 * g.damping) * excess), g.clip_low), g.clip_high);
-  double next = g.accumulate ? scale * f : f;
-  if (variant == Variant::kSmoothed) next = g.lr_smoothing * scale + (1.0 - g.lr_smoothing) * next;
-  return std::min(std::max(next, g.scale_low), g.scale_high);
-}
-
-// Checks moments, path, norm and step of a tensor, and returns Adam's step and the bound of its error per element.
-struct Direction {
-  double u, tolerance;
+// An element in the step that follows `before`, with the sizes of what cancels in it: what errors are relative to.
+struct Element {
+  double grad, grad_size, m, m_size, v, v_size, max_v, d, u, u_tolerance;
 };
 
-std::vector<Direction> check_measured(const Setup& setup, const Tensor& before, const Tensor& after, double steps,
-                                      const PathSums& sums, size_t index) {
-  const Group& g = setup.groups[static_cast<size_t>(after.group)];
-  const double t = before.step.get(0) + steps;
+Element element_after(const Setup& setup, const Tensor& before, int64_t k) {
+  const Group& g = setup.groups[static_cast<size_t>(before.group)];
+  const double t = before.step.get(0) + 1.0;
   const double bias1 = 1.0 - std::pow(g.beta1, t), bias2 = 1.0 - std::pow(g.beta2, t);
-  const double q = 1.0 - g.smoothing, s = std::sqrt(g.smoothing * (2.0 - g.smoothing));
-  std::vector<Direction> directions;
-  double norm = 0.0, step_sq = 0.0, step_sq_tolerance = 0.0;
-  for (int64_t k = 0; k < after.param.count(); ++k) {
-    const Place where = {index, k};
-    double grad = before.grad.get(k);
-    if (setup.grad_scale != 0.0) grad /= setup.grad_scale;
-    if (g.maximize) grad = -grad;
-    const double coupled = g.decoupled ? 0.0 : g.weight_decay * before.param.get(k);
-    const double grad_size = std::fabs(grad) + std::fabs(coupled);
-    grad += coupled;
+  Element e{};
+  e.grad = before.grad.get(k);
+  if (setup.grad_scale != 0.0) e.grad /= setup.grad_scale;
+  if (g.maximize) e.grad = -e.grad;
+  const double coupled = g.decoupled ? 0.0 : g.weight_decay * before.param.get(k);
+  e.grad_size = std::fabs(e.grad) + std::fabs(coupled);
+  e.grad += coupled;
 
-    const double m = g.beta1 * before.exp_avg.get(k) + (1.0 - g.beta1) * grad;
-    const double m_size = std::fabs(g.beta1 * before.exp_avg.get(k)) + (1.0 - g.beta1) * grad_size;
-    const double v = g.beta2 * before.exp_avg_sq.get(k) + (1.0 - g.beta2) * grad * grad;
-    const double v_size = g.beta2 * before.exp_avg_sq.get(k) + (1.0 - g.beta2) * grad_size * grad_size;
-    require_close(after.exp_avg.get(k), m, 4e-7 * m_size + 1e-44, where, "exp_avg");
-    require_close(after.exp_avg_sq.get(k), v, 1e-6 * v_size + 1e-44, where, "exp_avg_sq");
-    double second = v;
-    if (g.amsgrad) {
-      second = std::isnan(v) ? v : std::max(before.max_exp_avg_sq.get(k), v);
-      require_close(after.max_exp_avg_sq.get(k), second, 1e-6 * (v_size + second), where, "max_exp_avg_sq");
-    }
-
-    const double denominator = std::sqrt(second / bias2) + g.eps;
-    const double u = m / bias1 / denominator;
-    const double u_tolerance = 4e-6 * (m_size / bias1 / denominator) + 1e-40;
-    directions.push_back({u, u_tolerance});
-    step_sq += u * u;
-    step_sq_tolerance += 2.0 * std::fabs(u) * u_tolerance + 3e-6 * u * u;
-    const double path = q * before.path.get(k) + s * u;
-    const Precision rounding = precision_of(setup.path);
-    require_close(after.path.get(k), path,
-                  s * u_tolerance + 4e-7 * (std::fabs(q * before.path.get(k)) + std::fabs(s * u)) +
-                      rounding.relative * std::fabs(path) + rounding.absolute,
-                  where, "path");
-    norm += after.path.get(k) * after.path.get(k);
-  }
-  require_close(sums.path_sq, norm, 3e-6 * norm, {index}, "path_sq");
-  const double kappa = expected_kappa(g, std::lround(t));
-  if (g.measured_walk) {
-    const double walk = kappa / step_variance(g.beta1, std::lround(t));
-    require_close(sums.expected_path_sq, walk * step_sq, walk * step_sq_tolerance, {index}, "expected_path_sq");
-  } else {
-    const double expected = static_cast<double>(after.param.count()) * kappa;
-    require_close(sums.expected_path_sq, expected, 1e-9 * expected, {index}, "expected_path_sq");
-  }
-  return directions;
+  e.m = g.beta1 * before.exp_avg.get(k) + (1.0 - g.beta1) * e.grad;
+  e.m_size = std::fabs(g.beta1 * before.exp_avg.get(k)) + (1.0 - g.beta1) * e.grad_size;
+  e.v = g.beta2 * before.exp_avg_sq.get(k) + (1.0 - g.beta2) * e.grad * e.grad;
+  e.v_size = g.beta2 * before.exp_avg_sq.get(k) + (1.0 - g.beta2) * e.grad_size * e.grad_size;
+  e.max_v = e.v;
+  if (g.amsgrad) e.max_v = std::isnan(e.v) ? e.v : std::max(before.max_exp_avg_sq.get(k), e.v);
+  e.d = std::sqrt(e.max_v / bias2) + g.eps;
+  e.u = e.m / bias1 / e.d;
+  e.u_tolerance = 4e-6 * (e.m_size / bias1 / e.d) + 1e-40;
+  return e;
 }
 
-void check_applied(const Setup& setup, const Tensor& before, const Tensor& after,
-                   const std::vector<Direction>& directions, double scale, size_t index) {
+// Path and sums of a tensor.
+void check_measured(const Setup& setup, const Tensor& before, const Tensor& after, const PathSums& sums,
+                    size_t index) {
+  const Group& g = setup.groups[static_cast<size_t>(after.group)];
+  const double q = 1.0 - g.smoothing, s = std::sqrt(g.smoothing * (2.0 - g.smoothing));
+  PathSums want{}, tolerance{};
+  clara::MeasureCoefficients<double> coefficients{};
+  coefficients.in_adams_metric = g.reference == 0.0;
+  for (int64_t p = 0; p < after.path.count(); ++p) {
+    const Place where = {index, p};
+    const Element e = element_after(setup, before, after.size.element(p));
+    const double path_before = before.path.get(p), path = after.path.get(p);
+    const double path_size = std::fabs(q * path_before) + std::fabs(s * e.u);
+    if (g.lr == 0.0) {
+      REQUIRE(path == path_before);
+    } else {
+      require_close(path, q * path_before + s * e.u, s * e.u_tolerance + 4e-7 * path_size, where, "path");
+    }
+    const double weight = static_cast<double>(after.size.run) / after.size.kept;
+    const auto add = [&](PathSums& to, const ElementSums<double>& of_element, double factor) {
+      to.path_sq += factor * of_element.path_sq;
+      to.step_sq += factor * of_element.step_sq;
+      to.grad_sq += factor * of_element.grad_sq;
+      to.path_before_sq += factor * of_element.path_before_sq;
+      to.weight += factor * of_element.weight;
+    };
+    add(want, clara::element_sums(path_before, path, e.u, e.grad, e.d, coefficients), weight);
+    const double path_bound = std::max(std::fabs(path_before), std::fabs(path));
+    add(tolerance, clara::element_sums(path_bound, path_bound, e.u_tolerance * 2.5e5, e.grad_size, e.d, coefficients),
+        1e-5 * weight);
+  }
+  require_close(sums.path_sq, want.path_sq, tolerance.path_sq, {index}, "path_sq");
+  require_close(sums.step_sq, want.step_sq, tolerance.step_sq, {index}, "step_sq");
+  require_close(sums.grad_sq, want.grad_sq, tolerance.grad_sq, {index}, "grad_sq");
+  require_close(sums.path_before_sq, want.path_before_sq, tolerance.path_before_sq, {index}, "path_before_sq");
+  require_close(sums.weight, want.weight, tolerance.weight, {index}, "weight");
+  REQUIRE(sums.numel == static_cast<double>(after.size.numel));
+}
+
+// Step and walk of a tensor; returns its evidence.
+Evidence check_advanced(const GroupOptions& options, const Tensor& before, const Tensor& after, const PathSums& sums,
+                        size_t index) {
+  REQUIRE(after.step.get(0) == before.step.get(0) + 1.0);
+  const WalkState want = clara::advanced_walk(before.walk_state(), sums, options, after.step.get(0));
+  const WalkState got = after.walk_state();
+  require_close(got.moment_sq, want.moment_sq, 1e-6 * want.moment_sq, {index}, "walk_moment_sq");
+  require_close(got.path_moment, want.path_moment, 1e-6 * want.path_moment, {index}, "walk_path_moment");
+  require_close(got.path_sq, want.path_sq, 1e-6 * want.path_sq, {index}, "walk_path_sq");
+  return clara::evidence_of(sums, got, options, after.step.get(0));
+}
+
+double* columns(Evidence& evidence) { return &evidence.path_sq; }
+
+Evidence total_of(std::vector<Evidence> all) {
+  Evidence total{};
+  for (Evidence& evidence : all) {
+    for (int i = 0; i < clara::kEvidence; ++i) columns(total)[i] += columns(evidence)[i];
+  }
+  return total;
+}
+
+void check_rescaled(Optimizer& optimizer, const Before& before, size_t i, const Evidence& evidence) {
+  Tensor& t = optimizer.tensor(i);
+  const double scale =
+      clara::adapted_scale(static_cast<float>(before.scales[i]), evidence, optimizer.options_of(t));
+  require_close(optimizer.scale_of(t).get(0), scale, 2e-7 * scale, {i}, "lr_scale");
+}
+
+// Moments and parameters of a tensor.
+void check_updated(const Setup& setup, const Tensor& before, const Tensor& after, double scale, size_t index) {
   const Group& g = setup.groups[static_cast<size_t>(after.group)];
   const Precision rounding = precision_of(setup.param);
-  for (int64_t k = 0; k < after.param.count(); ++k) {
+  for (int64_t k = 0; k < after.size.numel; ++k) {
+    const Place where = {index, k};
+    const Element e = element_after(setup, before, k);
+    require_close(after.exp_avg.get(k), e.m, 4e-7 * e.m_size + 1e-44, where, "exp_avg");
+    require_close(after.exp_avg_sq.get(k), e.v, 1e-6 * e.v_size + 1e-44, where, "exp_avg_sq");
+    if (g.amsgrad) {
+      require_close(after.max_exp_avg_sq.get(k), e.max_v, 1e-6 * (e.v_size + e.max_v), where, "max_exp_avg_sq");
+    }
     const double theta = before.param.get(k);
-    const Direction& d = directions[static_cast<size_t>(k)];
     const double decay = g.decoupled ? g.weight_decay * theta : 0.0;
-    const double want = theta - g.lr * scale * (d.u + decay);
-    const double step_size = g.lr * scale * (std::fabs(d.u) + std::fabs(decay));
-    const double tolerance = g.lr * scale * d.tolerance + 1e-6 * step_size + 2e-7 * (std::fabs(theta) + step_size) +
+    const double want = theta - g.lr * scale * (e.u + decay);
+    const double step_size = g.lr * scale * (std::fabs(e.u) + std::fabs(decay));
+    const double tolerance = g.lr * scale * e.u_tolerance + 1e-6 * step_size + 2e-7 * (std::fabs(theta) + step_size) +
                              rounding.relative * std::fabs(want) + rounding.absolute;
-    require_close(after.param.get(k), want, tolerance, {index, k}, "param");
+    require_close(after.param.get(k), want, tolerance, where, "param");
   }
+  for (const Array* array : after.state()) REQUIRE(array->guard_intact());
 }
 
 // Takes a step and checks all of it.
-void checked_step(Optimizer& optimizer, int max_launches = 0) {
+void checked_step(Optimizer& optimizer, int max_launches = 3) {
   const Setup& setup = optimizer.setup();
-  if (max_launches == 0) max_launches = setup.deferred ? 2 : 3;
   const Before before(optimizer);
   const int launches = emulation::runtime.launches;
   clara::cuda::step(optimizer.list(), optimizer.placement());
@@ -499,24 +515,18 @@ void checked_step(Optimizer& optimizer, int max_launches = 0) {
   REQUIRE(emulation::runtime.last_launch_device == 1 && emulation::runtime.device == 0);
   REQUIRE(emulation::runtime.last_launch_stream == optimizer.placement().stream);
 
-  std::vector<std::vector<Direction>> directions;
-  double total = 0.0, expected_total = 0.0;
+  std::vector<Evidence> evidence;
   for (size_t i = 0; i < optimizer.tensors().size(); ++i) {
     Tensor& after = optimizer.tensor(i);
     const PathSums sums = optimizer.sums_of(i);
-    directions.push_back(check_measured(setup, before.tensors[i], after, 1.0, sums, i));
-    REQUIRE(after.step.get(0) == before.tensors[i].step.get(0) + 1.0);
-    for (const Array* array : after.state()) REQUIRE(array->guard_intact());
-    total += sums.path_sq;
-    expected_total += sums.expected_path_sq;
+    check_measured(setup, before.tensors[i], after, sums, i);
+    evidence.push_back(check_advanced(optimizer.options_of(after), before.tensors[i], after, sums, i));
   }
+  const Evidence total = total_of(evidence);
   for (size_t i = 0; i < optimizer.tensors().size(); ++i) {
-    const PathSums sums = setup.variant == Variant::kGlobal ? PathSums{total, expected_total} : optimizer.sums_of(i);
-    const Group& g = setup.groups[static_cast<size_t>(optimizer.tensor(i).group)];
-    const double scale = next_scale(before.scales[i], sums.path_sq / sums.expected_path_sq, sums.path_sq, g, setup.variant);
-    require_close(optimizer.scale_of(optimizer.tensor(i)).get(0), scale, 2e-7 * scale, {i}, "lr_scale");
-    check_applied(setup, before.tensors[i], optimizer.tensor(i), directions[i],
-                  setup.deferred ? before.scales[i] : scale, i);
+    Tensor& after = optimizer.tensor(i);
+    check_rescaled(optimizer, before, i, setup.variant == Variant::kGlobal ? total : evidence[i]);
+    check_updated(setup, before.tensors[i], after, optimizer.scale_of(after).get(0), i);
   }
 }
 
@@ -537,26 +547,24 @@ struct Test {
   std::function<void()> run;
 };
 
-// Around the borders of a vector (4), a warp's and a block's run of vectors (128, 1024) and a chunk.
-const std::vector<int64_t> kBorderSizes = {0,    1,    2,    3,    4,          5,      7,          8,
-                                           9,    127,  128,  129,  0,          1023,   1024,       1025,
-                                           1027, 2047, 2049, 3071, kChunk - 1, kChunk, kChunk + 1, 2 * kChunk + 3, 0};
-const std::vector<int64_t> kFewSizes = {5, 0, 130, 1026, kChunk + 6};
+// Around the borders of a vector (4), a warp's and a block's run of vectors (128, 1024) and a chunk; then samples, with
+// runs of vectors and without, of more than one chunk and of less than a vector.
+const std::vector<Size> kBorderSizes = {
+    {0},    {1},    {2},    {3},    {4},    {5},    {7},          {8},      {9},          {127},
+    {128},  {129},  {0},    {1023}, {1024}, {1025}, {1027},       {2047},   {2049},       {3071},
+    {kPathChunk - 1}, {kPathChunk + 1}, {kChunk - 1}, {kChunk}, {kChunk + 1}, {2 * kChunk + 3},
+    {64 * 37, 64, 4}, {64, 64, 4}, {64, 64, 1}, {128 * 9, 128, 2}, {1024 * 3, 1024, 64}, {64 * 129, 64, 32},
+    {64 * (kPathChunk / 4 + 3), 64, 4}, {0, 64, 4}};
+const std::vector<Size> kFewSizes = {{5}, {0}, {130}, {1026}, {kPathChunk + 6}, {64 * 70, 64, 4}, {64 * 70, 64, 2}};
 
 struct Storage {
-  DType param, grad, path;
+  DType param, grad;
 };
-std::vector<Storage> all_storage() {
-  std::vector<Storage> all;
-  for (DType path : {DType::kFloat32, DType::kBFloat16}) {
-    all.push_back({DType::kFloat32, DType::kFloat32, path});
-    for (DType param : {DType::kBFloat16, DType::kFloat16}) {
-      all.push_back({param, param, path});
-      all.push_back({param, DType::kFloat32, path});
-    }
-  }
-  return all;
-}
+const std::vector<Storage> kStorage = {{DType::kFloat32, DType::kFloat32},
+                                       {DType::kBFloat16, DType::kBFloat16},
+                                       {DType::kBFloat16, DType::kFloat32},
+                                       {DType::kFloat16, DType::kFloat16},
+                                       {DType::kFloat16, DType::kFloat32}};
 
 struct Mode {
   const char* name;
@@ -580,14 +588,8 @@ const std::vector<Mode> kModes = {
      }},
     {"float32-lr-tensor", [](Setup& s) { only(s).lr_tensor = 4; }},
     {"float64-lr-tensor", [](Setup& s) { only(s).lr_tensor = 8; }},
-    {"not-accumulated-fixed-reference", [](Setup& s) { only(s).accumulate = false, only(s).reference = 1.0; }},
-    {"measured-walk", [](Setup& s) { only(s).measured_walk = true, only(s).damping = 0.5; }},
-    {"measured-walk-amsgrad-scaled",
-     [](Setup& s) {
-       only(s).measured_walk = only(s).amsgrad = true;
-       s.grad_scale = 1024.0;
-       s.grad_size = 1024.0;
-     }},
+    {"no-lr", [](Setup& s) { only(s).lr = 0.0; }},
+    {"fixed-reference", [](Setup& s) { only(s).reference = 1.0; }},
     {"not-clipped",
      [](Setup& s) { only(s).clip_low = 0.0, only(s).clip_high = std::numeric_limits<double>::infinity(); }},
     {"bounded", [](Setup& s) { only(s).scale_low = 0.9, only(s).scale_high = 0.95; }},
@@ -607,7 +609,7 @@ std::vector<Group> various_groups(int count, Variant variant) {
   std::vector<Group> groups(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) {
     Group& g = groups[static_cast<size_t>(i)];
-    g.lr = 0.001 * (1 + i % 17);
+    g.lr = i % 7 == 6 ? 0.0 : 0.001 * (1 + i % 17);
     g.beta1 = i % 2 ? 0.8 : 0.9;
     g.beta2 = i % 3 ? 0.99 : 0.999;
     g.weight_decay = 0.05 * (i % 4);
@@ -628,92 +630,99 @@ void require_unchanged_by(Optimizer& optimizer, const std::function<void()>& ope
 
 void infinite_gradients_change_nothing() {
   for (Variant variant : kVariants) {
-    for (bool deferred : {false, true}) {
-      Setup setup;
-      setup.sizes = kFewSizes;
-      setup.variant = variant;
-      setup.deferred = deferred;
-      setup.grad_scale = 8.0;
-      setup.found_inf = 1.0f;
-      Optimizer optimizer(setup);
-      auto& list = optimizer.list();
-      std::vector<PathSums> sums(setup.sizes.size());
-      list.sums = sums.data();
-      require_unchanged_by(optimizer, [&] { clara::cuda::step(list, optimizer.placement()); });
-      require_unchanged_by(optimizer, [&] {
-        clara::cuda::measure(list, optimizer.placement());
-        clara::cuda::adapt(list, variant == Variant::kGlobal ? nullptr : sums.data(), optimizer.placement());
-        clara::cuda::apply(list, optimizer.placement());
-      });
-      optimizer.setup().found_inf = 0.0f;
-      checked_step(optimizer);
-    }
+    Setup setup;
+    setup.sizes = kFewSizes;
+    setup.variant = variant;
+    setup.grad_scale = 8.0;
+    setup.found_inf = 1.0f;
+    Optimizer optimizer(setup);
+    const auto& list = optimizer.list();
+    std::vector<PathSums> sums(setup.sizes.size());
+    std::vector<Evidence> evidence(setup.sizes.size(), Evidence{1.0, 2.0, 1.0, 1.0, 1.0, 1.0});
+    require_unchanged_by(optimizer, [&] { clara::cuda::step(list, optimizer.placement()); });
+    require_unchanged_by(optimizer, [&] {
+      clara::cuda::measure(list, sums.data(), optimizer.placement());
+      clara::cuda::advance(list, sums.data(), evidence.data(), optimizer.placement());
+      clara::cuda::rescale(list, evidence.data(), optimizer.placement());
+      clara::cuda::update(list, optimizer.placement());
+    });
+    optimizer.setup().found_inf = 0.0f;
+    checked_step(optimizer);
   }
 }
 
 void non_finite_and_zero_gradients() {
   for (Variant variant : kVariants) {
     Setup setup;
-    setup.sizes = {6, 2000, 3};
+    setup.sizes = {{6}, {2000}, {3}};
     setup.variant = variant;
     Optimizer optimizer(setup);
     optimizer.tensor(1).grad.set(1999, std::numeric_limits<double>::quiet_NaN());
     optimizer.tensor(2).grad.set(1, std::numeric_limits<double>::infinity());
+    const WalkState walk = optimizer.tensor(1).walk_state();
     const double scale = optimizer.scale_of(optimizer.tensor(1)).get(0);
     checked_step(optimizer);
-    REQUIRE(optimizer.scale_of(optimizer.tensor(1)).get(0) == scale);
+    REQUIRE(std::fabs(optimizer.scale_of(optimizer.tensor(1)).get(0) - scale) <= 1e-7 * scale);
+    REQUIRE(optimizer.tensor(1).walk_state().path_sq == walk.path_sq);
 
     setup.grad_size = 0.0;
     Optimizer resting(setup);
-    for (auto& t : resting.tensors()) {
-      for (int64_t k = 0; k < t->param.count(); ++k) t->exp_avg.set(k, 0.0), t->path.set(k, 0.0);
-    }
     const double before = resting.scale_of(resting.tensor(0)).get(0);
     checked_step(resting);
     REQUIRE(resting.scale_of(resting.tensor(0)).get(0) == before);
   }
 }
 
-// Sums that were completed elsewhere (over ranks), and a scale that was.
+// Sums and evidence that were completed elsewhere (over ranks and buckets).
 void verbs_one_by_one() {
   for (Variant variant : kVariants) {
-    for (bool deferred : {false, true}) {
-      Setup setup;
-      setup.sizes = kBorderSizes;
-      setup.variant = variant;
-      setup.deferred = deferred;
-      setup.groups = various_groups(3, variant);
-      Optimizer optimizer(setup);
-      const Before before(optimizer);
-      auto& list = optimizer.list();
-      std::vector<PathSums> sums(setup.sizes.size());
-      list.sums = sums.data();
-      clara::cuda::measure(list, optimizer.placement());
-      std::vector<std::vector<Direction>> directions;
-      for (size_t i = 0; i < sums.size(); ++i) {
-        REQUIRE(optimizer.tensor(i).step.get(0) == before.tensors[i].step.get(0));
-        directions.push_back(check_measured(setup, before.tensors[i], optimizer.tensor(i), 1.0, sums[i], i));
-        sums[i].path_sq *= 1.5;
-        sums[i].expected_path_sq *= 1.25;
+    Setup setup;
+    setup.sizes = kBorderSizes;
+    setup.variant = variant;
+    setup.groups = various_groups(3, variant);
+    Optimizer optimizer(setup);
+    const Before before(optimizer);
+    const auto& list = optimizer.list();
+    const size_t count = setup.sizes.size();
+    std::vector<PathSums> sums(count);
+    clara::cuda::measure(list, sums.data(), optimizer.placement());
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor &old = before.tensors[i], &t = optimizer.tensor(i);
+      check_measured(setup, old, t, sums[i], i);
+      REQUIRE(t.step.get(0) == old.step.get(0) && t.exp_avg.memory() == old.exp_avg.memory());
+      REQUIRE(t.exp_avg_sq.memory() == old.exp_avg_sq.memory() && t.param.memory() == old.param.memory());
+      REQUIRE(t.max_exp_avg_sq.memory() == old.max_exp_avg_sq.memory());
+      for (size_t k = 0; k < t.walk.size(); ++k) REQUIRE(t.walk[k].memory() == old.walk[k].memory());
+      sums[i].path_sq *= 1.5;
+      sums[i].step_sq *= 1.25;
+      sums[i].numel += 3.0;
+    }
+
+    std::vector<Evidence> evidence(count);
+    clara::cuda::advance(list, sums.data(), evidence.data(), optimizer.placement());
+    for (size_t i = 0; i < count; ++i) {
+      Tensor& t = optimizer.tensor(i);
+      Evidence want = check_advanced(optimizer.options_of(t), before.tensors[i], t, sums[i], i);
+      for (int k = 0; k < clara::kEvidence; ++k) {
+        require_close(columns(evidence[i])[k], columns(want)[k], 1e-12 * std::fabs(columns(want)[k]), {i}, "evidence");
       }
-      const bool global = variant == Variant::kGlobal;
-      if (global) optimizer.scale_of(optimizer.tensor(0)).set(0, 0.75);
-      clara::cuda::adapt(list, global ? nullptr : sums.data(), optimizer.placement());
-      clara::cuda::apply(list, optimizer.placement());
-      for (size_t i = 0; i < sums.size(); ++i) {
-            const Group& g = setup.groups[static_cast<size_t>(optimizer.tensor(i).group)];
-        const double ratio = sums[i].path_sq / sums[i].expected_path_sq;
-        const double scale = global ? 0.75 : next_scale(before.scales[i], ratio, sums[i].path_sq, g, variant);
-        REQUIRE(optimizer.tensor(i).step.get(0) == before.tensors[i].step.get(0) + 1.0);
-        require_close(optimizer.scale_of(optimizer.tensor(i)).get(0), scale, 2e-7 * scale, {i}, "lr_scale");
-        check_applied(setup, before.tensors[i], optimizer.tensor(i), directions[i],
-                      deferred ? before.scales[i] : scale, i);
-      }
+      REQUIRE(optimizer.scale_of(t).get(0) == before.scales[i]);
+      evidence[i].path_sq *= 1.75;
+    }
+
+    const bool global = variant == Variant::kGlobal;
+    if (global) evidence = {total_of(evidence)};
+    clara::cuda::rescale(list, evidence.data(), optimizer.placement());
+    for (size_t i = 0; i < count; ++i) check_rescaled(optimizer, before, i, evidence[global ? 0 : i]);
+
+    clara::cuda::update(list, optimizer.placement());
+    for (size_t i = 0; i < count; ++i) {
+      check_updated(setup, before.tensors[i], optimizer.tensor(i), optimizer.scale_of(optimizer.tensor(i)).get(0), i);
     }
   }
 }
 
-// Bitwise, for any order of blocks and of tensors, and (but for the position of tensors in memory) any alignment.
+// Bitwise, for any order of blocks and of tensors.
 void same_bits_in_any_order() {
   for (Variant variant : kVariants) {
     Setup setup;
@@ -735,9 +744,9 @@ void same_bits_in_any_order() {
   }
 }
 
-// Norms of single tensors, which alignment must not change.
-void same_norms_at_any_alignment() {
-  std::vector<std::vector<double>> norms;
+// The sums of single tensors, which alignment must not change.
+void same_sums_at_any_alignment() {
+  std::vector<std::vector<double>> all;
   for (int offset : {0, 1}) {
     Setup setup;
     setup.sizes = kBorderSizes;
@@ -755,29 +764,111 @@ void same_norms_at_any_alignment() {
       }
     }
     clara::cuda::step(optimizer.list(), optimizer.placement());
-    norms.emplace_back();
-    for (size_t i = 0; i < optimizer.tensors().size(); ++i) norms.back().push_back(optimizer.sums_of(i).path_sq);
+    all.emplace_back();
+    for (size_t i = 0; i < optimizer.tensors().size(); ++i) {
+      const PathSums sums = optimizer.sums_of(i);
+      for (double sum : {sums.path_sq, sums.step_sq, sums.grad_sq, sums.path_before_sq, sums.weight}) all.back().push_back(sum);
+    }
   }
-  REQUIRE(norms[0] == norms[1]);
+  REQUIRE(all[0] == all[1]);
 }
 
-int launches_of_step(Optimizer& optimizer) {
+// ---------------------------------------------------------------------------------------------------------------
+// Bytes
+// ---------------------------------------------------------------------------------------------------------------
+
+struct Moved {
+  int64_t loaded, stored, accesses;
+};
+
+Moved moved_by(const std::function<void()>& operation) {
+  emulation::Traffic& traffic = emulation::traffic;
+  traffic.loads.reset();
+  traffic.stores.reset();
+  operation();
+  return {traffic.loads.bytes, traffic.stores.bytes, traffic.loads.accesses + traffic.stores.accesses};
+}
+
+// Every byte of a tensor that a step has to move is moved once, and in accesses that are as wide as they can be: four
+// elements where the stream is aligned.
+void moves_no_byte_twice() {
+  struct Options {
+    bool amsgrad, coupled_decay, moves;
+  };
+  for (const Storage& storage : kStorage) {
+    for (const Options& options : {Options{false, false, true}, Options{true, false, true}, Options{false, true, true},
+                                   Options{true, true, true}, Options{false, false, false}}) {
+      for (const Size& size : {Size{kChunk}, Size{1024 * 24, 1024, 64}, Size{64 * 70, 64, 4}, Size{64 * 70, 64, 2},
+                               Size{kChunk + 1021}}) {
+        for (bool misaligned : {false, true}) {
+          Setup setup;
+          setup.param = storage.param;
+          setup.grad = storage.grad;
+          setup.sizes = {size};
+          setup.misaligned = misaligned;
+          only(setup).amsgrad = options.amsgrad;
+          only(setup).weight_decay = options.coupled_decay ? 0.1 : 0.0;
+          only(setup).lr = options.moves ? 0.01 : 0.0;
+          Optimizer optimizer(setup);
+          const auto& list = optimizer.list();
+          PathSums sums;
+          const Moved measured =
+              moved_by([&] { clara::cuda::measure(list, &sums, optimizer.placement()); });
+          const Moved updated = moved_by([&] { clara::cuda::update(list, optimizer.placement()); });
+
+          const int64_t n = size.numel, sampled = size.path_numel();
+          const int64_t param = static_cast<int64_t>(bytes_of(storage.param));
+          const int64_t grad = static_cast<int64_t>(bytes_of(storage.grad));
+          const int64_t maximum = options.amsgrad ? 4 : 0;
+          REQUIRE(measured.loaded == sampled * (grad + 4 + 4 + maximum + 4 + (options.coupled_decay ? param : 0)));
+          REQUIRE(measured.stored == sampled * (options.moves ? 4 : 0));
+          REQUIRE(updated.loaded == n * (grad + 4 + 4 + maximum + param));
+          REQUIRE(updated.stored == n * (4 + 4 + maximum + param));
+          if (options.moves && !options.amsgrad && !options.coupled_decay && storage.param == DType::kFloat32) {
+            REQUIRE(measured.loaded + measured.stored == 20 * sampled);
+            REQUIRE(updated.loaded + updated.stored == 28 * n);
+          }
+          const int64_t update_streams = 4 + 3 + (options.amsgrad ? 2 : 0);
+          const int64_t measure_streams =
+              4 + (options.moves ? 1 : 0) + (options.amsgrad ? 1 : 0) + (options.coupled_decay ? 1 : 0);
+          if (!misaligned) {
+            REQUIRE(updated.accesses == update_streams * (n / 4 + n % 4));
+            const bool vectors = size.run == 1 || size.kept >= 4;
+            REQUIRE(measured.accesses == measure_streams * (vectors ? sampled / 4 + sampled % 4 : sampled));
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Launches
+// ---------------------------------------------------------------------------------------------------------------
+
+int launches_of(const std::function<void()>& operation) {
   const int before = emulation::runtime.launches;
-  clara::cuda::step(optimizer.list(), optimizer.placement());
+  operation();
   return emulation::runtime.launches - before;
 }
 
 void launches_do_not_grow_with_tensors() {
-  for (bool deferred : {false, true}) {
-    for (int64_t count : {1, 400, 3000}) {
-      Setup setup;
-      setup.deferred = deferred;
-      setup.variant = Variant::kGlobal;
-      setup.groups = various_groups(40, setup.variant);
-      setup.sizes.assign(static_cast<size_t>(count), 1);
-      Optimizer optimizer(setup);
-      REQUIRE(launches_of_step(optimizer) == (deferred ? 2 : 3));
-    }
+  for (int64_t count : {1, 400, 3000}) {
+    Setup setup;
+    setup.variant = Variant::kGlobal;
+    setup.groups = various_groups(40, setup.variant);
+    setup.sizes.assign(static_cast<size_t>(count), {1});
+    Optimizer optimizer(setup);
+    const auto& list = optimizer.list();
+    const auto where = optimizer.placement();
+    std::vector<PathSums> sums(static_cast<size_t>(count));
+    std::vector<Evidence> evidence(static_cast<size_t>(count));
+    REQUIRE(launches_of([&] { clara::cuda::step(list, where); }) == 3);
+    if (count == 3000) break;  // takes long here
+    REQUIRE(launches_of([&] { clara::cuda::measure(list, sums.data(), where); }) == 2);
+    REQUIRE(launches_of([&] { clara::cuda::advance(list, sums.data(), evidence.data(), where); }) == 1);
+    REQUIRE(launches_of([&] { clara::cuda::rescale(list, evidence.data(), where); }) == 1);
+    REQUIRE(launches_of([&] { clara::cuda::update(list, where); }) == 1);
   }
 }
 
@@ -786,12 +877,12 @@ void more_than_one_launch_holds() {
   struct Many {
     int tensors, groups;
   };
-  for (Variant variant : kVariants) {
+  for (Variant variant : {Variant::kGlobal, Variant::kSmoothed}) {
     for (Many many : {Many{4200, 2}, Many{400, 400}}) {
       Setup setup;
       setup.variant = variant;
       setup.groups = various_groups(many.groups, variant);
-      for (int i = 0; i < many.tensors; ++i) setup.sizes.push_back(i % 4);
+      for (int i = 0; i < many.tensors; ++i) setup.sizes.push_back({i % 4});
       Optimizer optimizer(setup);
       checked_step(optimizer, /*max_launches=*/20);
     }
@@ -801,10 +892,27 @@ void more_than_one_launch_holds() {
 void no_tensors_no_launches() {
   Setup setup;
   Optimizer optimizer(setup);
-  REQUIRE(launches_of_step(optimizer) == 0);
-  setup.sizes = {0, 0};
+  REQUIRE(launches_of([&] { clara::cuda::step(optimizer.list(), optimizer.placement()); }) == 0);
+  setup.sizes = {{0}, {0}};
   Optimizer empty(setup);
   checked_step(empty);  // counts steps all the same
+}
+
+void tables_are_told_apart() {
+  Setup setup;
+  setup.sizes = {{5}, {64 * 70, 64, 4}};
+  Optimizer optimizer(setup);
+  const auto& list = optimizer.list();
+  const auto offsets = clara::cuda::layout(list.count, {list.chunk_count, list.path_chunk_count});
+  std::vector<int64_t> table(static_cast<size_t>(offsets.table_bytes + 7) / 8);
+  clara::cuda::write_table(list.tensors, list.count, table.data());
+  std::vector<clara::TensorRecord> records(list.tensors, list.tensors + list.count);
+  REQUIRE(clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  records[1].kept = 2;
+  REQUIRE(!clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  records[1].kept = 4;
+  records[0].path = records[1].path;
+  REQUIRE(!clara::cuda::is_table_of(records.data(), list.count, table.data()));
 }
 
 void errors_name_the_kernel() {
@@ -841,30 +949,26 @@ void errors_name_the_kernel() {
 
 std::vector<Test> all_tests() {
   std::vector<Test> tests;
-  for (const Storage& storage : all_storage()) {
-    const std::string types = std::string(name_of(storage.param)) + "-" + name_of(storage.grad) + "-" + name_of(storage.path);
+  for (const Storage& storage : kStorage) {
+    const std::string types = std::string(name_of(storage.param)) + "-" + name_of(storage.grad);
     for (Variant variant : kVariants) {
-      for (bool deferred : {false, true}) {
-        Setup base;
-        base.param = storage.param;
-        base.grad = storage.grad;
-        base.path = storage.path;
-        base.variant = variant;
-        base.deferred = deferred;
-        const std::string name = types + "/" + name_of(variant) + (deferred ? "-deferred/" : "/");
-        for (const Mode& mode : kModes) {
-          Setup setup = base;
-          setup.sizes = kFewSizes;
-          mode.set(setup);
-          tests.push_back({"modes/" + name + mode.name, [setup] { checked_steps(setup, 2); }});
-        }
-        for (bool misaligned : {false, true}) {
-          Setup setup = base;
-          setup.sizes = kBorderSizes;
-          setup.misaligned = misaligned;
-          setup.groups = various_groups(5, variant);
-          tests.push_back({"borders/" + name + (misaligned ? "misaligned" : "aligned"), [setup] { checked_steps(setup, 2); }});
-        }
+      Setup base;
+      base.param = storage.param;
+      base.grad = storage.grad;
+      base.variant = variant;
+      const std::string name = types + "/" + name_of(variant) + "/";
+      for (const Mode& mode : kModes) {
+        Setup setup = base;
+        setup.sizes = kFewSizes;
+        mode.set(setup);
+        tests.push_back({"modes/" + name + mode.name, [setup] { checked_steps(setup, 2); }});
+      }
+      for (bool misaligned : {false, true}) {
+        Setup setup = base;
+        setup.sizes = kBorderSizes;
+        setup.misaligned = misaligned;
+        setup.groups = various_groups(7, variant);
+        tests.push_back({"borders/" + name + (misaligned ? "misaligned" : "aligned"), [setup] { checked_steps(setup, 2); }});
       }
     }
   }
@@ -872,10 +976,12 @@ std::vector<Test> all_tests() {
   tests.push_back({"non-finite and zero gradients", non_finite_and_zero_gradients});
   tests.push_back({"verbs one by one", verbs_one_by_one});
   tests.push_back({"same bits in any order", same_bits_in_any_order});
-  tests.push_back({"same norms at any alignment", same_norms_at_any_alignment});
+  tests.push_back({"same sums at any alignment", same_sums_at_any_alignment});
+  tests.push_back({"moves no byte twice", moves_no_byte_twice});
   tests.push_back({"launches do not grow with tensors", launches_do_not_grow_with_tensors});
   tests.push_back({"more than one launch holds", more_than_one_launch_holds});
   tests.push_back({"no tensors, no launches", no_tensors_no_launches});
+  tests.push_back({"tables are told apart", tables_are_told_apart});
   tests.push_back({"errors name the kernel", errors_name_the_kernel});
   return tests;
 }

@@ -14,7 +14,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -395,7 +397,25 @@ struct Runtime {
 };
 inline Runtime runtime;
 
+// What the kernels load and store of the elements of tensors, as csrc/cuda/storage.cuh reports it.
+struct Traffic {
+  struct Count {
+    std::atomic<int64_t> accesses = 0, bytes = 0;
+    // Relaxed: orders nothing, so hides no race from ThreadSanitizer.
+    void add(size_t size) {
+      accesses.fetch_add(1, std::memory_order_relaxed);
+      bytes.fetch_add(static_cast<int64_t>(size), std::memory_order_relaxed);
+    }
+    void reset() { accesses = bytes = 0; }
+  };
+  Count loads, stores;
+};
+inline Traffic traffic;
+
 }  // namespace emulation
+
+#define CLARA_COUNT_LOAD(size) emulation::traffic.loads.add(size)
+#define CLARA_COUNT_STORE(size) emulation::traffic.stores.add(size)
 
 using cudaStream_t = struct CUstream_st*;
 struct cudaFuncAttributes {};
@@ -474,6 +494,8 @@ T __ldcg(const T* address) {
   return *address;
 }
 
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // bfloat16 and float16 as bit patterns, converted by the compiler where it knows the type, otherwise by hand.
@@ -494,6 +516,3 @@ inline __half __ushort_as_half(uint16_t bits) { return {std::bit_cast<_Float16>(
 inline uint16_t __half_as_ushort(__half x) { return std::bit_cast<uint16_t>(x.value); }
 inline float __half2float(__half x) { return static_cast<float>(x.value); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
-
-inline int nvtxRangePushA(const char*) { return 0; }
-inline int nvtxRangePop() { return 0; }

@@ -82,25 +82,23 @@ def test_frameworks_see_skipped_steps(variant: str) -> None:
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1 element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_found_inf_leaves_every_bit(dtype: torch.dtype, shape: tuple[int, ...], variant: str, fused: bool) -> None:
-    """Also where the gradients themselves are inf and nan, and under amsgrad and with deferred."""
-    for deferred in (False, True):
-        optimizer = VARIANTS[variant](
-            parameters(dtype=dtype), amsgrad=True, deferred=deferred, fused=fused, **LIVELY[variant]
-        )
-        train(optimizer, 3)
-        set_gradients(all_params(optimizer), 3)
-        all_params(optimizer)[0].grad.view(-1)[1] = float("inf")
-        all_params(optimizer)[2].grad.view(-1)[0] = float("nan")
-        before = snapshot(optimizer)
-        optimizer.grad_scale = torch.full(shape, 8.0)
-        optimizer.found_inf = torch.full(shape, 1.0)
-        for _ in range(2):
-            optimizer.step()
-        assert snapshot(optimizer) == before
-        del optimizer.grad_scale, optimizer.found_inf
-        check = StepCheck(variant, optimizer)
-        set_gradients(all_params(optimizer), 4)
-        check.step()
+    """Also where the gradients themselves are inf and nan, under amsgrad, and of tensors with a sample."""
+    params = parameters([(5, 3), (7,), (2, 3, 4), (64, 1024)], dtype)
+    optimizer = VARIANTS[variant](params, amsgrad=True, fused=fused, **LIVELY[variant])
+    train(optimizer, 3)
+    set_gradients(all_params(optimizer), 3)
+    all_params(optimizer)[0].grad.view(-1)[1] = float("inf")
+    all_params(optimizer)[2].grad.view(-1)[0] = float("nan")
+    before = snapshot(optimizer)
+    optimizer.grad_scale = torch.full(shape, 8.0)
+    optimizer.found_inf = torch.full(shape, 1.0)
+    for _ in range(2):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    del optimizer.grad_scale, optimizer.found_inf
+    check = StepCheck(variant, optimizer)
+    set_gradients(all_params(optimizer), 4)
+    check.step()
 
 
 def test_found_inf_at_the_first_step(variant: str, fused: bool) -> None:

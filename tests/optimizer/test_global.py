@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers import GLOBAL_OPTIONS, LIVELY, VARIANTS, StepCheck, clones, parameters, set_gradients, snapshot, train
 
+from clara_fused.options import OPTIONS
+
 OTHER_VALUES: dict[str, Any] = {
     "smoothing": 0.21,
     "damping": 1.5,
-    "reference": "measured_walk",
+    "reference": 0.7,
     "clip": (0.4, 1.6),
-    "accumulate": False,
-    "deferred": True,
     "initial_scale": 0.5,
     "scale_bounds": (1e-3, 10.0),
     "adapt_lr": False,
@@ -29,7 +29,7 @@ def two_groups(fused: bool = False, **options: Any) -> torch.optim.Optimizer:
 
 
 def test_all_shared_options_are_tested() -> None:
-    assert set(OTHER_VALUES) == set(GLOBAL_OPTIONS)
+    assert set(OTHER_VALUES) == set(GLOBAL_OPTIONS) == {name for name, option in OPTIONS.items() if option.one_for_all}
 
 
 @pytest.mark.parametrize("option", GLOBAL_OPTIONS)
@@ -61,7 +61,7 @@ def test_options_that_differ_from_the_start(option: str) -> None:
 @pytest.mark.parametrize("variant", ["Local", "Smoothed"])
 def test_the_others_need_not_agree(variant: str, fused: bool) -> None:
     params = parameters()
-    groups = [{"params": params[:2]}, {"params": params[2:], **OTHER_VALUES, "initial_scale": 1.0}]
+    groups = [{"params": params[:2]}, {"params": params[2:], **OTHER_VALUES}]
     optimizer = VARIANTS[variant](groups, fused=fused, **LIVELY[variant])
     check = StepCheck(variant, optimizer)
     for step in range(3):
@@ -70,7 +70,7 @@ def test_the_others_need_not_agree(variant: str, fused: bool) -> None:
 
 
 def test_options_of_each_parameter_may_differ(fused: bool) -> None:
-    """beta1 enters kappa tensor by tensor; lr, eps, decay, amsgrad, maximize and path_dtype are a tensor's own."""
+    """beta1 enters the walk tensor by tensor; lr, eps, decay, amsgrad, maximize, path_fraction are a tensor's own."""
     optimizer = two_groups(
         fused,
         betas=(0.5, 0.9),
@@ -79,7 +79,7 @@ def test_options_of_each_parameter_may_differ(fused: bool) -> None:
         weight_decay=0.0,
         amsgrad=True,
         maximize=True,
-        path_dtype=torch.bfloat16,
+        path_fraction=1.0,
     )
     check = StepCheck("Global", optimizer)
     for step in range(5):
@@ -90,14 +90,15 @@ def test_options_of_each_parameter_may_differ(fused: bool) -> None:
 def test_lists_and_tuples_are_the_same_option(fused: bool) -> None:
     """A checkpoint that went through JSON or YAML has lists for tuples."""
     optimizer = two_groups(fused)
-    optimizer.param_groups[1].update(clip=[0.5, 1.6], scale_bounds=[1e-4, 1e4], betas=[0.9, 0.999])
+    optimizer.param_groups[1].update(clip=[0.5, 1.6], scale_bounds=[1e-8, 1e8], betas=[0.9, 0.999])
     train(optimizer, 2)
 
 
 def test_every_state_has_the_one_scale(fused: bool) -> None:
     """After every step, also in parameters without a gradient then; who joins gets it; sums count only gradients."""
     params = parameters()
-    optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"])
+    # A rule without a rest: every step moves the scale.
+    optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"], reference=0.3)
     check = StepCheck("Global", optimizer)
     scales = []
     for step, missing in enumerate([(2,), (1, 2), (0, 2), (), (0,), (0, 1)]):
@@ -130,9 +131,9 @@ def test_scale_counts_elements_not_tensors(fused: bool) -> None:
 
 
 def test_the_sum_over_many_tensors_loses_nothing(fused: bool) -> None:
-    """A small damping magnifies whatever is lost on the way from the tensors' norms to the one scale."""
+    """A small damping magnifies whatever is lost on the way from the tensors' sums to the one scale."""
     params = parameters([(3,)] * 1100, dtype=torch.float64)
-    options = {"damping": 0.005, "clip": None, "reference": 0.5, "scale_bounds": (1e-9, 1e9)}
+    options = {"damping": 0.005, "clip": None, "reference": 0.5, "scale_bounds": (1e-9, 1e9), "initial_scale": 1.0}
     optimizer = VARIANTS["Global"](params, fused=fused, **options)
     train(optimizer, 3)
     before = optimizer.lr_scales()[0][0].item()
@@ -167,6 +168,28 @@ def test_one_tensor_alone_is_local(fused: bool) -> None:
         runs.append((param.detach(), optimizer.lr_scales()[0]))
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_betas_of_each_group_enter_the_one_total(fused: bool) -> None:
+    params = parameters([(300,), (40,), (5,)])
+    groups = [{"params": [p], "betas": (beta1, 0.99)} for p, beta1 in zip(params, (0.0, 0.5, 0.95), strict=True)]
+    optimizer = VARIANTS["Global"](groups, fused=fused, **{**LIVELY["Global"], "clip": None})
+    check = StepCheck("Global", optimizer)
+    for step in range(6):
+        set_gradients(params, step)
+        check.step()
+
+
+def test_dtypes_of_several_buckets_share_the_scale(fused: bool) -> None:
+    params = parameters([(30,), (64, 1024)])
+    params += [*parameters([(20,)], torch.float64), *parameters([(9,)], torch.bfloat16)]
+    optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"])
+    check = StepCheck("Global", optimizer)
+    for step in range(4):
+        set_gradients(params, step)
+        if step == 2:
+            params[0].grad = None
+        check.step()
 
 
 def test_scales_of_local_become_one(fused: bool) -> None:

@@ -3,63 +3,137 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from helpers import VARIANTS
+from helpers import VARIANTS, StepCheck, clones, parameters, set_gradients, train
 from torch import nn
-
-from clara_fused import cautious_initial_scale
 
 
 def root_mean_square(tensors: list[torch.Tensor]) -> float:
     return math.sqrt(torch.cat([tensor.detach().double().flatten() for tensor in tensors]).square().mean().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_first_step_is_a_fraction_of_the_parameters(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((30, 20), (7,), (), (0, 3))]
-    scale = cautious_initial_scale(iter(params), lr=2.0, relative_step=0.05)
-    assert scale == pytest.approx(0.05 * root_mean_square(params) / 2.0, rel=1e-5)
+def first_scales(variant: str, params: list[Any], fused: bool, lr: Any, **options: Any) -> list[list[float]]:
+    """Those that the first step starts from: the path is one step long, and so is the walk."""
+    optimizer = VARIANTS[variant](params, lr=lr, fused=fused, **options)
+    for group in optimizer.param_groups:
+        set_gradients(group["params"], 0)
+    optimizer.step()
+    return [scales.tolist() for scales in optimizer.lr_scales()]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_step_taken_is_as_small_as_promised(variant: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_scale_is_a_fraction_of_the_parameters(dtype: torch.dtype, variant: str, fused: bool) -> None:
+    params = parameters([(30, 20), (7,), (), (0, 3)], dtype)
+    expected = 0.01 * root_mean_square(params) / 2.0
+    assert first_scales(variant, params, fused, lr=2.0)[0] == pytest.approx([expected] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_the_first_step_taken_is_as_small_as_promised(tensor_lr: bool, variant: str, fused: bool) -> None:
     torch.manual_seed(0)
     params = [nn.Parameter(3.0 * torch.randn(40, 50)), nn.Parameter(torch.zeros(50))]
     before = [param.detach().clone() for param in params]
     for param in params:
         param.grad = torch.randn_like(param)
-    VARIANTS[variant](params, lr=10.0, initial_scale=cautious_initial_scale(params, 10.0), adapt_lr=False).step()
+    VARIANTS[variant](params, lr=torch.tensor(10.0) if tensor_lr else 10.0, fused=fused).step()
     step = root_mean_square([after.detach() - start for after, start in zip(params, before, strict=True)])
     assert step == pytest.approx(0.01 * root_mean_square(before), rel=1e-3)
 
 
-def test_a_rate_that_is_not_too_large_stays_as_it_is() -> None:
-    assert cautious_initial_scale([torch.ones(5)], lr=1e-3) == 1.0
-    assert cautious_initial_scale([torch.ones(5)], lr=torch.tensor(0.01, dtype=torch.float64)) == 1.0
-    assert cautious_initial_scale([torch.ones(5)], lr=torch.tensor(0.02)) == pytest.approx(0.5)
+@pytest.mark.parametrize("lr", [1e-3, 0.0099, torch.tensor(0.005, dtype=torch.float64)], ids=str)
+def test_a_rate_that_is_not_too_large_stays_as_it_is(lr: Any, variant: str, fused: bool) -> None:
+    assert first_scales(variant, [nn.Parameter(torch.ones(5))], fused, lr) == [[1.0]]
 
 
-def test_parameters_that_are_all_zero_say_nothing() -> None:
-    assert cautious_initial_scale([torch.zeros(5), torch.zeros(2, 2)], lr=1.0) == 1.0
+@pytest.mark.parametrize("lr", [1.0, 0.0])
+def test_what_says_nothing_leaves_the_rate_alone(lr: float, variant: str, fused: bool) -> None:
+    """Parameters that are all zero (low-rank adapters), no elements at all, a rate of zero."""
+    params = [nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(0))]
+    assert first_scales(variant, params, fused, lr) == [[1.0] * 3]
+    assert first_scales(variant, [nn.Parameter(torch.ones(0))], fused, lr) == [[1.0]]
+    assert first_scales(variant, [nn.Parameter(torch.ones(3))], fused, 0.0) == [[1.0]]
 
 
-def test_norms_beyond_float16_count() -> None:
-    param = torch.full((10_000,), 6e4, dtype=torch.float16)
-    assert cautious_initial_scale([param], lr=1e4) == pytest.approx(0.06, rel=1e-3)
+def test_without_adaptation_it_is_adam(variant: str, fused: bool) -> None:
+    """Adam's rate is the user's."""
+    (param,) = params = parameters([(40,)])
+    (twin,) = twins = clones(params)
+    mine = VARIANTS[variant](params, lr=10.0, adapt_lr=False, fused=fused)
+    adam = torch.optim.Adam(twins, lr=10.0)
+    for optimizer in (mine, adam):
+        train(optimizer, 3)
+    torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_rate_a_thousand_times_too_large_is_survived(variant: str) -> None:
-    def final_loss(cautious: bool) -> float:
+def test_norms_beyond_float16_count(variant: str, fused: bool) -> None:
+    param = nn.Parameter(torch.full((10_000,), 6e4, dtype=torch.float16))
+    assert first_scales(variant, [param], fused, lr=1e4)[0] == pytest.approx([0.06], rel=1e-3)
+
+
+def test_squares_beyond_float32_count(variant: str, fused: bool) -> None:
+    param = nn.Parameter(torch.full((100,), 1e20))
+    assert first_scales(variant, [param], fused, lr=1e19)[0] == pytest.approx([0.1], rel=1e-3)
+
+
+def test_groups_of_their_own(variant: str, fused: bool) -> None:
+    """Local and Smoothed look at one group, Global at all of them and the largest rate."""
+    small, large = nn.Parameter(torch.full((10,), 0.5)), nn.Parameter(torch.full((30,), 4.0))
+    groups = [{"params": [small], "lr": 1.0}, {"params": [large], "lr": 2.0}]
+    if variant == "Global":
+        expected = [0.01 * root_mean_square([small, large]) / 2.0] * 2
+    else:
+        expected = [0.01 * 0.5 / 1.0, 0.01 * 4.0 / 2.0]
+    scales = first_scales(variant, groups, fused, lr=1e-3)
+    assert [scale for scales in scales for scale in scales] == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_parameters_of_the_group_count_also_without_gradients(variant: str, fused: bool) -> None:
+    """One that comes first must not be measured by itself alone."""
+    params = [nn.Parameter(torch.zeros(10)), nn.Parameter(torch.ones(10))]
+    optimizer = VARIANTS[variant](params, lr=1.0, fused=fused)
+    set_gradients(params[:1], 0)
+    optimizer.step()
+    assert optimizer.state[params[0]]["lr_scale"].item() == pytest.approx(0.01 * 0.5**0.5, rel=1e-5)
+
+
+def test_a_group_that_joins_later(variant: str, fused: bool) -> None:
+    old, new = parameters([(30,)]), parameters([(20,)], seed=1)
+    optimizer = VARIANTS[variant](old, lr=1.0, fused=fused)
+    train(optimizer, 3)
+    in_force = optimizer.lr_scales()[0].item()
+    optimizer.add_param_group({"params": new, "lr": 4.0})
+    expected = in_force if variant == "Global" else 0.01 * root_mean_square(new) / 4.0
+    set_gradients(new, 0)
+    old[0].grad = None
+    check = StepCheck(variant, optimizer)
+    check.step()
+    assert optimizer.lr_scales()[1].item() == pytest.approx(expected, rel=0.06)
+
+
+def test_frozen_integers_beside_them_do_not_count(variant: str, fused: bool) -> None:
+    params = [nn.Parameter(torch.ones(10)), nn.Parameter(torch.full((10,), 100, dtype=torch.int8), requires_grad=False)]
+    optimizer = VARIANTS[variant](params, lr=1.0, fused=fused)
+    set_gradients(params[:1], 0)
+    optimizer.step()
+    assert optimizer.lr_scales()[0][0].item() == pytest.approx(0.01, rel=1e-5)
+
+
+def test_bounds_hold_the_cautious_scale(variant: str, fused: bool) -> None:
+    scales = first_scales(variant, [nn.Parameter(torch.ones(10))], fused, 1.0, scale_bounds=(0.5, 2.0))
+    assert scales == [[pytest.approx(0.5, rel=0.06)]]
+
+
+@pytest.mark.slow
+def test_a_rate_a_thousand_times_too_large_is_survived(variant: str, fused: bool) -> None:
+    def final_loss(initial_scale: str | float) -> float:
         torch.manual_seed(0)
         inputs = torch.randn(256, 16)
         targets = torch.sin(inputs @ torch.randn(16, 1))
         model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-        scale = cautious_initial_scale(model.parameters(), 3.0) if cautious else 1.0
-        optimizer = VARIANTS[variant](model.parameters(), lr=3.0, initial_scale=scale)
+        optimizer = VARIANTS[variant](model.parameters(), lr=3.0, initial_scale=initial_scale, fused=fused)
         for _ in range(200):
             optimizer.zero_grad()
             loss = nn.functional.mse_loss(model(inputs), targets)
@@ -68,25 +142,5 @@ def test_a_rate_a_thousand_times_too_large_is_survived(variant: str) -> None:
         return loss.item()
 
     # The variance of the targets, which the careless run hardly gets below, is about 0.5.
-    assert final_loss(cautious=True) < 0.1
-    assert final_loss(cautious=False) > 0.3
-
-
-@pytest.mark.parametrize(
-    ("params", "lr", "relative_step", "words"),
-    [
-        ([], 1.0, 0.01, "no parameter has an element"),
-        ([torch.ones(0)], 1.0, 0.01, "no parameter has an element"),
-        ([torch.tensor([1.0, math.nan])], 1.0, 0.01, "not finite"),
-        ([torch.tensor([1.0, math.inf])], 1.0, 0.01, "not finite"),
-        ([torch.ones(2)], 0.0, 0.01, "Invalid lr"),
-        ([torch.ones(2)], math.inf, 0.01, "Invalid lr"),
-        ([torch.ones(2)], 1.0, -0.01, "Invalid relative_step"),
-        ([torch.ones(2)], 1.0, math.nan, "Invalid relative_step"),
-    ],
-)
-def test_what_has_no_answer_is_an_error(
-    params: list[torch.Tensor], lr: float, relative_step: float, words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        cautious_initial_scale(params, lr, relative_step)
+    assert final_loss("cautious") < 0.1
+    assert final_loss(1.0) > 0.2

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VARIANTS, all_params, core_available, parameters, set_gradients, snapshot, train
+from helpers import VARIANTS, all_params, core_available, parameters, set_gradients, train
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from clara_fused.torch_backend import split_pieces
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
@@ -44,8 +42,8 @@ def test_the_measurement_sees_temporaries() -> None:
 
 
 def big_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """One large tensor and many of all sizes: half a million elements."""
-    return parameters([(300, 1000), (1,), (256, 512), (3, 0), *[(100, 31)] * 20, (5,)], dtype)
+    """One large tensor and many of all sizes: three million elements, where a block of the back end has 131,072."""
+    return parameters([(1500, 2000), (1,), (256, 512), (3, 0), *[(100, 31)] * 20, (5,)], dtype)
 
 
 # Scalars: some tens of bytes per tensor for step counts, factors, bias corrections and sums.
@@ -55,8 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "everything": {"weight_decay": 0.1, "maximize": True, "amsgrad": True},
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
-    "deferred": {"deferred": True, "weight_decay": 0.1},
-    "bfloat16 path": {"path_dtype": torch.bfloat16},
+    "path of all elements": {"path_fraction": 1.0},
 }
 
 
@@ -66,16 +63,16 @@ def test_at_most_one_copy_of_the_parameters(dtype: torch.dtype, options: str, va
     params = big_parameters(dtype)
     optimizer = VARIANTS[variant](params, fused=False, **OPTIONS[options])
     train(optimizer, 1)
-    one_copy = sum(p.numel() * p.element_size() for p in params)
+    one_copy = sum(p.numel() * max(4, p.element_size()) for p in params)
     assert peak_bytes(optimizer.step) <= one_copy + PER_TENSOR * len(params)
 
 
 def test_the_largest_bucket_counts(variant: str) -> None:
     """Several dtypes are worked on one after the other."""
-    params = [*parameters([(300, 1000)], torch.float32), *parameters([(300, 1000)], torch.float64)]
+    params = [*parameters([(1500, 1000)], torch.float32), *parameters([(1500, 1000)], torch.float64)]
     optimizer = VARIANTS[variant](params, fused=False)
     train(optimizer, 1)
-    assert peak_bytes(optimizer.step) <= 300_000 * 8 + 100_000
+    assert peak_bytes(optimizer.step) <= 1_500_000 * 8 + 100_000
 
 
 def test_amp_needs_no_more(variant: str) -> None:
@@ -85,43 +82,6 @@ def test_amp_needs_no_more(variant: str) -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     one_copy = sum(p.numel() * 4 for p in params)
     assert peak_bytes(optimizer.step) <= one_copy + PER_TENSOR * len(params)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("limit", [1 << 19, 1 << 17])
-def test_max_temporary_bytes(limit: int, dtype: torch.dtype, variant: str) -> None:
-    params = big_parameters(dtype)
-    optimizer = VARIANTS[variant](params, fused=False, weight_decay=0.1, amsgrad=True)
-    train(optimizer, 1)
-    unbounded = peak_bytes(optimizer.step)
-    optimizer.max_temporary_bytes = limit
-    bounded = peak_bytes(optimizer.step)
-    assert bounded <= limit + PER_TENSOR * len(params)
-    assert bounded <= unbounded
-
-
-@pytest.mark.parametrize("shape", [(7,), (5, 3), (3, 5), (4, 1, 9), (2, 3, 5, 7)])
-@pytest.mark.parametrize("max_elements", [1, 2, 4, 6, 100])
-def test_pieces_cover_every_element_once(shape: tuple[int, ...], max_elements: int) -> None:
-    visits, transposed = torch.zeros(shape), torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1])
-    for piece in split_pieces([visits, transposed], max_elements):
-        assert piece[0].shape == piece[1].shape
-        assert piece[0].numel() <= max_elements
-        for part in piece:
-            part.add_(1)
-    assert (visits == 1).all()
-    assert (transposed == 1).all()
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, "much"])
-def test_max_temporary_bytes_refuses_nonsense(value: Any, variant: str) -> None:
-    optimizer = VARIANTS[variant](parameters(), fused=False)
-    train(optimizer, 1)
-    before = snapshot(optimizer)
-    with pytest.raises((ValueError, TypeError), match="max_temporary_bytes"):
-        optimizer.max_temporary_bytes = value
-        optimizer.step()
-    assert snapshot(optimizer) == before
 
 
 @pytest.mark.skipif(not core_available(), reason="needs the compiled core")
@@ -140,7 +100,7 @@ class _MallocStatistics(ctypes.Structure):
 
 
 def test_a_schedule_of_betas_leaves_nothing_behind(variant: str, fused: bool) -> None:
-    """OneCycleLR brings new betas, and so a new table of the random walk, at every step of a run."""
+    """OneCycleLR brings new betas at every step of a run."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo is None:
         pytest.skip("reads what malloc has handed out from glibc (2.33 or newer)")
@@ -190,15 +150,13 @@ def test_the_mode_catches_waiting() -> None:
                 wait(torch.ones(()))
 
 
-@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
-def test_no_step_reads_a_tensor(variant: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_reads_a_tensor(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prodigy's .item() per parameter cost half of its step. First step, steady state, new gradients, AMP, tensor lr,
     joining parameters, telemetry."""
-    params = [*parameters(), *parameters(dtype=torch.bfloat16)]
+    params = [*parameters(), *parameters([(64, 1024), (7,), ()], torch.bfloat16)]
     optimizer = VARIANTS[variant](
         [{"params": params[:4], "lr": torch.tensor(0.02)}, {"params": params[4:], "lr": 0.1}],
         fused=False,
-        deferred=deferred,
         amsgrad=True,
         weight_decay=0.1,
     )
@@ -223,7 +181,8 @@ def test_no_step_reads_a_tensor(variant: str, deferred: bool, monkeypatch: pytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps_without_values(variant: str, dtype: torch.dtype, lr_device: str | None) -> None:
     """Meta tensors have no values: whatever reads one raises, and so does what mixes them with tensors of the host."""
-    params = [torch.nn.Parameter(torch.randn(shape, device="meta", dtype=dtype)) for shape in [(5, 3), (), (0,)]]
+    shapes = [(5, 3), (), (0,), (64, 1024)]
+    params = [torch.nn.Parameter(torch.randn(shape, device="meta", dtype=dtype)) for shape in shapes]
     lr = 0.1 if lr_device is None else torch.tensor(0.1, device=lr_device)
     optimizer = VARIANTS[variant](params, fused=False, lr=lr, amsgrad=True, weight_decay=0.1)
     for step in range(4):

@@ -33,10 +33,22 @@ def test_never_stepped(variant: str) -> None:
     assert not optimizer.state
 
 
+def test_never_stepped_shows_the_cautious_scale(variant: str, fused: bool) -> None:
+    """What the first step will start from, without making state for it."""
+    params = [torch.nn.Parameter(torch.full((4,), value)) for value in (3.0, 1.0)]
+    optimizer = VARIANTS[variant](params, lr=10.0, fused=fused)
+    expected = 0.01 * 5**0.5 / 10
+    assert optimizer.lr_scales()[0].tolist() == pytest.approx([expected] * 2, rel=1e-6)
+    assert optimizer.effective_lrs()[0].tolist() == pytest.approx([10 * expected] * 2, rel=1e-6)
+    assert not optimizer.state
+
+
 def test_some_never_stepped(variant: str, fused: bool) -> None:
     """Local and Smoothed: initial_scale for those; Global: the one scale."""
     params = parameters()
-    optimizer = VARIANTS[variant](params, initial_scale=0.25, fused=fused, **LIVELY[variant])
+    # A rule without a rest: every step moves the scale.
+    options = {**LIVELY[variant], "initial_scale": 0.25, "reference": 0.3}
+    optimizer = VARIANTS[variant](params, fused=fused, **options)
     for step in range(3):
         set_gradients(params, step)
         params[1].grad = None
@@ -80,7 +92,7 @@ def test_tensor_lr(lr: torch.Tensor, variant: str, fused: bool) -> None:
 
 
 def test_follows_the_scheduler(variant: str) -> None:
-    optimizer = VARIANTS[variant](parameters(), lr=0.5)
+    optimizer = VARIANTS[variant](parameters(), lr=0.5, initial_scale=1.0)
     optimizer.param_groups[0]["lr"] = 0.125
     assert optimizer.effective_lrs()[0].tolist() == [0.125] * 3
 

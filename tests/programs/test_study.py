@@ -1,10 +1,10 @@
-"""The learning-rate study: runs that repeat and resume, measures that say what they claim, tables from records."""
+"""The learning-rate study: runs that repeat and resume, measures that say what they claim, targets, tables."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,37 @@ from rich.console import Console
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from study import figures, measures, plans, random_walk, report, runs, sweep_report, tasks
-from study.contenders import CONTENDERS, clara, variation
+from study import __main__ as program
+from study import contenders, figures, language_tasks, measures, plans, report, runs, small_tasks, targets, tasks
+from study.contenders import CONTENDERS, OURS, Contender
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "learning_rate"
+CPU = torch.device("cpu")
 
 
 def short_run(task: str = "mlp-iris", optimizer: str = "smoothed", lr: float = 1e-3, steps: int = 12) -> runs.Run:
-    return runs.Run(replace(tasks.TASKS[task], steps=steps), CONTENDERS[optimizer], lr, seed=0)
+    return runs.Run(task, CONTENDERS[optimizer], lr, seed=0, steps=steps)
 
 
 def record(
-    task: str = "mlp-iris", optimizer: str = "adam", lr: float = 1e-3, loss: float | None = 1.0, seed: int = 0
-) -> dict[str, Any]:
+    task: str = "mlp-iris", optimizer: str = "adam", lr: float = 1e-3, loss: float | None = 1.0, seed: int = 0,
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    options = CONTENDERS[optimizer].settings if optimizer in CONTENDERS else {}
     return {
-        "task": task, "optimizer": optimizer, "lr": lr, "seed": seed, "steps": 10, "optimizer_seconds": 1e-3,
-        "initial_training_loss": 2.0, "training_loss": loss, "validation_loss": loss,
-        "diverged": loss is None or loss > 2.0,
+        "key": f"{task} {optimizer} {lr} {seed}", "task": task, "optimizer": optimizer, "options": options, "lr": lr,
+        "seed": seed, "steps": 10, "seconds": 1.0, "parameters": 20_000, "initial_training_loss": 2.0,
+        "training_loss": loss, "validation_loss": loss, "diverged": loss is None or loss > 2.0,
+        "snapshots": {"step": [5, 10], "lr_median": [lr, lr]}, **more,
     }  # fmt: skip
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["logistic-wine", "mlp-iris", "conv-digits", "quadratic", "rosenbrock-noise"])
+@pytest.mark.parametrize("task", ["logistic-wine", "mlp-iris", "conv-norm", "temperature", "rosenbrock-noise"])
 def test_a_run_repeats_and_is_json(task: str) -> None:
     first, second = runs.perform(short_run(task)), runs.perform(short_run(task))
-    for timed in ("seconds", "optimizer_seconds"):
-        assert first.pop(timed) > 0
-        second.pop(timed)
+    assert first.pop("seconds") > 0 and second.pop("seconds") > 0
     assert first == second
     assert json.loads(json.dumps(first, allow_nan=False)) == first
 
@@ -59,67 +60,94 @@ def test_a_run_that_blows_up_is_recorded_as_diverged() -> None:
     assert found["diverged"] and found["training_loss"] is None
 
 
-def test_other_options_are_another_run() -> None:
+def test_other_settings_are_another_run_and_runs_travel_between_processes() -> None:
     base = short_run()
-    changed = replace(base, contender=clara("smoothed", damping=0.7))
-    scheduled = replace(base, contender=clara("smoothed", schedule="cosine"))
-    keys = {each.key for each in (base, changed, scheduled, replace(base, seed=1), replace(base, lr=1e-2))}
-    assert len(keys) == 5
-    assert replace(base, seed=0).key == base.key
+    changed = Contender("smoothed", "", "smoothed", {"damping": 0.7})
+    scheduled = Contender("smoothed", "", "smoothed", warm_up=0.1)
+    others = [runs.Run(base.task, each, base.lr, base.seed, base.steps) for each in (changed, scheduled)]
+    others += [runs.Run(base.task, base.contender, base.lr, 1, 12), short_run(lr=1e-2), short_run(steps=13)]
+    assert len({each.key for each in (base, *others)}) == 6
+    assert pickle.loads(pickle.dumps(base)).key == short_run().key == base.key
+    # The default by its value is the same run: what counts is what is in force.
+    defaults = OURS["smoothed"]([torch.zeros(1)]).defaults
+    same = Contender("smoothed", "", "smoothed", {"damping": defaults["damping"]})
+    assert runs.Run(base.task, same, base.lr, base.seed, base.steps).key == base.key
 
 
 def test_only_missing_runs_are_made_and_a_cut_line_is_made_again(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
+    path = tmp_path / "main.jsonl"
     done, cut, todo = (short_run(lr=lr) for lr in (1e-3, 1e-2, 1e-1))
     runs.append_record(path, {"key": done.key})
     with path.open("a") as file:
         file.write('{"key":"' + cut.key)  # the process died here
-    assert [run.key for run in runs.missing([done, cut, todo, todo], path)] == [cut.key, todo.key]
+    assert [run.key for run in runs.missing([done, cut, todo, todo], runs.read_records(path))] == [cut.key, todo.key]
     runs.append_record(path, {"key": cut.key})
-    assert [run.key for run in runs.missing([done, cut, todo], path)] == [todo.key]
+    runs.append_record(tmp_path / "peers.jsonl", {"key": todo.key})
+    assert runs.missing([done, cut, todo], runs.read_records(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In processes of its own, as the program does."""
+    planned = [short_run(lr=lr, steps=3) for lr in (1e-3, 1e-2)]
+    monkeypatch.setitem(plans.PLANS, "quick", lambda study: planned)
+    program.main(["run", "quick", "--records", str(tmp_path), "--minutes", "0"])
+    assert "nothing is recorded" in capsys.readouterr().out
+    runs.append_record(tmp_path / "quick.jsonl", runs.perform(planned[0]))
+    program.main(["run", "quick", "--records", str(tmp_path), "--jobs", "1"])
+    assert [found["key"] for found in runs.read_records(tmp_path)] == [run.key for run in planned]
+    assert "2 runs on 1 tasks, 1 seeds" in " ".join(capsys.readouterr().out.split())
+    program.main(["forget", "smoothed", "--records", str(tmp_path)])
+    assert list(runs.read_records(tmp_path)) == []
+    with pytest.raises(SystemExit, match="no plan fast"):
+        program.main(["run", "fast"])
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+NOTHING = measures.Study([])
 
 
 @pytest.mark.parametrize("name", list(plans.PLANS))
 def test_plans_hold_no_run_twice(name: str) -> None:
-    keys = [run.key for run in plans.PLANS[name]()]
+    keys = [run.key for run in plans.PLANS[name](NOTHING)]
     assert len(keys) == len(set(keys))
 
 
-def test_the_plans_together_give_every_optimizer_all_decades_and_seeds() -> None:
-    planned = (*plans.full(), *plans.measured(), *plans.cautious())
-    made = {(run.task.name, run.contender.name, run.lr, run.seed) for run in planned}
-    for task in tasks.TASKS:
-        for optimizer in CONTENDERS:
-            for lr in plans.DECADES:
-                assert all((task, optimizer, lr, seed) in made for seed in plans.SEEDS)
+def test_the_plan_gives_ours_all_decades_and_seeds_and_the_baselines_half_decades() -> None:
+    made = {(run.task, run.contender.name, run.lr, run.seed) for run in plans.main(NOTHING)}
+    for task in targets.MAIN:
+        for seed in plans.SEEDS:
+            assert all((task, name, lr, seed) in made for name in OURS for lr in plans.DECADES)
+            assert all((task, name, lr, seed) in made for name in measures.BASELINES for lr in plans.HALF_DECADES)
 
 
-def test_the_sweep_covers_what_the_defaults_are_chosen_by() -> None:
-    needed = {"smoothing", "damping", "clip", "initial_scale", "scale_bounds"}
-    for base, changes in plans.SWEPT.items():
-        swept = {option for change in changes for option in change}
-        if not base.startswith("smoothed"):
-            assert swept >= needed, base
-        else:
-            assert "lr_smoothing" in swept, base
-    assert {option for change in plans.SWEPT["smoothed"] for option in change} >= needed
-    for run in plans.sweep():
-        assert (run.task, run.lr) in plans.swept_pairs(run.contender.name.split(",")[0])
+def test_ours_start_from_tuned_adams_rate_as_well() -> None:
+    adam = [record(lr=lr, loss=0.5 if lr == 3e-3 else 1.0) for lr in plans.HALF_DECADES]
+    made = plans.tuned(measures.Study(adam))
+    assert {(run.task, run.lr) for run in made} == {("mlp-iris", 3e-3)}
+    assert len(made) == len(OURS) * len(plans.SEEDS)
 
 
-def test_every_setting_of_the_sweep_differs_from_what_it_is_compared_with() -> None:
-    for base in plans.SWEPT:
-        made = [CONTENDERS[base], *plans.variations(base)]
-        assert len({json.dumps(dict(contender.options), sort_keys=True) for contender in made}) == len(made)
-        assert len({contender.name for contender in made}) == len(made)
+def test_the_search_confirms_its_best_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "LARGE_FIRST", [tasks.TASKS["mlp-iris"], tasks.TASKS["mlp-wine"]])
+    search = plans.single(NOTHING)
+    assert len(search) == plans.SEARCHED * 2 and {run.seed for run in search} == {0}
+    adam = [record(task) for task in ("mlp-iris", "mlp-wine")]
+    found = [record(r.task, r.contender.name, r.lr, 1.0 + int(r.contender.name.split("#")[1]) / 100) for r in search]
+    confirmed = plans.single(measures.Study([*adam, *found]))
+    assert {run.contender.name for run in confirmed} == {f"adamw#{i}" for i in range(plans.CONFIRMED)}
+    assert {run.seed for run in confirmed} == {1, 2}
 
 
-def test_a_variation_keeps_what_it_does_not_change() -> None:
-    base, changed = CONTENDERS["smoothed-measured"], variation("smoothed-measured", damping=0.1)
-    assert (base.options["damping"], changed.options["damping"]) == ("0.25", "0.1")
-    assert {**changed.options, "damping": "0.25"} == base.options
-    assert changed.name == "smoothed-measured,damping=0.1"
-    assert changed.label == "AdamClaraSmoothed, measured walk,damping=0.1"
+def test_the_sampling_plan_lowers_the_threshold() -> None:
+    run = next(run for run in plans.sampling(NOTHING) if run.contender.name == "local,path=1/16")
+    with run.contender.sampling():
+        param = torch.zeros(64, 64, requires_grad=True)
+        param.grad = torch.ones(64, 64)
+        trainer = run.contender.build([param], 1e-3, 1)
+        trainer.step()
+    assert trainer.optimizer.state[param]["path"].numel() == 64 * 64 // 16
 
 
 # --- tasks and contenders --------------------------------------------------------------------------------------------
@@ -127,8 +155,8 @@ def test_a_variation_keeps_what_it_does_not_change() -> None:
 
 def test_the_functions_have_their_minimum_where_they_should() -> None:
     for problem, minimum in (
-        (tasks.ill_conditioned_quadratic(0, 0.0), torch.zeros(64, dtype=torch.float64)),
-        (tasks.rosenbrock(0, 0.0), torch.ones(16, dtype=torch.float64)),
+        (small_tasks.ill_conditioned_quadratic(0, CPU, 0.0), torch.zeros(64, dtype=torch.float64)),
+        (small_tasks.rosenbrock(0, CPU, 0.0), torch.ones(16, dtype=torch.float64)),
     ):
         with torch.no_grad():
             problem.parameters[0].copy_(minimum)
@@ -139,7 +167,7 @@ def test_the_functions_have_their_minimum_where_they_should() -> None:
 
 
 def test_multiplicative_noise_has_mean_one_and_the_stated_spread() -> None:
-    noisy, exact = tasks.rosenbrock(0, 0.5), tasks.rosenbrock(0, 0.0)
+    noisy, exact = small_tasks.rosenbrock(0, CPU, 0.5), small_tasks.rosenbrock(0, CPU, 0.0)
     exact.next_loss().backward()
     ratios = []
     for _ in range(500):
@@ -152,54 +180,105 @@ def test_multiplicative_noise_has_mean_one_and_the_stated_spread() -> None:
 
 
 def test_held_out_samples_are_not_trained_on() -> None:
-    training, validation = tasks.classification_data("iris")
-    assert len(training.inputs) + len(validation.inputs) == 150
-    assert len(validation.inputs) == 30
-    assert len(set(validation.classes.tolist())) == 3
+    x, y, held_out_x, held_out_y = small_tasks.classification_data("iris")
+    assert (len(x), len(y), len(held_out_x)) == (120, 120, 30)
+    assert len(set(held_out_y.tolist())) == 3
 
 
-def test_the_cosine_ends_at_zero_and_estimators_start_at_the_initial_rate() -> None:
+def test_the_words_are_many_and_most_are_rare() -> None:
+    data = language_tasks.word_data()
+    inputs, targets_ = data.training_batch(20_000, torch.Generator().manual_seed(0))
+    assert inputs.shape == (20_000, 6) and int(inputs.max()) < data.vocabulary_size == 8192
+    counts = torch.bincount(targets_, minlength=8192)
+    assert (counts == 0).float().mean() > 0.4  # no gradient of their own in hundreds of batches
+    assert len(data.validation[0]) == 2000
+
+
+@pytest.mark.parametrize("always_run", [False, True])
+def test_each_token_goes_to_one_expert_and_a_starving_one_gets_none(always_run: bool) -> None:
+    torch.manual_seed(0)
+    layer = language_tasks.Experts(8, experts=4, hidden=5, always_run=always_run)
+    x = torch.randn(10, 20, 8)
+    gates = layer.router(x).softmax(-1)
+    gate, chosen = gates.max(-1)
+    expected = torch.stack([layer.experts[i](row) for i, row in zip(chosen.flatten(), x.view(-1, 8), strict=True)])
+    torch.testing.assert_close(layer(x).view(-1, 8), gate.view(-1, 1) * expected)
+
+    model = torch.nn.Sequential(layer)
+    for batch, starves in ((149, False), (150, True), (299, True), (300, False)):
+        language_tasks.starve(model, batch)
+        model.zero_grad()
+        (model(x).square().sum() + layer.balance).backward()
+        grads = [parameter.grad for parameter in layer.experts[0].parameters()]
+        if not starves:
+            assert all(grad.abs().sum() > 0 for grad in grads)
+        else:
+            assert all(not grad.any() if always_run else grad is None for grad in grads)
+
+
+def test_adapters_start_as_the_pretrained_model_and_are_all_that_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_tasks, "CACHE", tmp_path)
+    base = language_tasks.pretrained_state(steps=2)
+    kept = language_tasks.pretrained_state(steps=2)
+    assert all(torch.equal(base[name], kept[name]) for name in base) and len(list(tmp_path.iterdir())) == 1
+    model, frozen = language_tasks.gpt_with_adapters(base), language_tasks.gpt(language_tasks.prose())
+    frozen.load_state_dict(base)
+    windows = language_tasks.prose().validation[0][:4]
+    assert torch.equal(model(windows), frozen(windows))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 16 and all(name.endswith(("up", "down")) for name in trained)
+
+
+def test_batches_are_averaged_and_gradients_clipped() -> None:
+    task = {t.name: t for t in tasks.MAIN_TASKS}
+    assert task["gpt-accumulated"].micro_batches == 4 and task["gpt-clipped"].max_grad_norm == 1.0
+    whole = runs.perform(short_run("gpt-accumulated", "adam", lr=0.0, steps=1))
+    problem = task["gpt-accumulated"].make(0, CPU)
+    with torch.no_grad():
+        losses = [problem.next_loss().item() for _ in range(4)]
+    assert whole["snapshots"]["loss"] == [pytest.approx(sum(losses) / 4, rel=1e-3)]
+
+
+def test_the_schedule_warms_up_and_ends_where_it_should() -> None:
     parameter = torch.ones(3, requires_grad=True)
-    trainer = CONTENDERS["adamw-cosine"].build([parameter], 0.1, 5)
-    for _ in range(5):
+    trainer = Contender("c", "c", "adamw", warm_up=0.2, final=0.1).build([parameter], 1.0, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(trainer.rates().item())
         parameter.grad = torch.ones(3)
         trainer.step()
-    assert trainer.rates().item() == pytest.approx(0.0, abs=1e-12)
-    for name, module in (("prodigy", "prodigyopt"), ("dadaptation", "dadaptation")):
-        pytest.importorskip(module)
-        assert CONTENDERS[name].build([parameter], 1e-4, 5).rates().item() == pytest.approx(1e-4)
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert trainer.rates().item() == pytest.approx(0.1)
 
 
-def test_a_schedule_and_a_bound_of_the_gradient_norm_act_on_the_training() -> None:
-    parameter = torch.zeros(2, requires_grad=True)
-    trainer = clara("local", schedule="warm-up", max_grad_norm=1.0).build([parameter], 0.1, 100)
-    rates = []
-    for _ in range(12):
-        parameter.grad = torch.tensor([3.0, 4.0])
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.step()
-        assert parameter.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
-    assert rates[0] == pytest.approx(0.001)
-    assert rates[10] == rates[11] == pytest.approx(0.1)  # a tenth of the steps
+@pytest.mark.parametrize("name", list(CONTENDERS))
+def test_every_contender_takes_steps(name: str) -> None:
+    pytest.importorskip(contenders.OPTIMIZERS[CONTENDERS[name].optimizer][0])
+    found = runs.perform(short_run("logistic-iris", name, lr=1.0 if name == "prodigy" else 1e-2, steps=20))
+    assert found["training_loss"] < found["initial_training_loss"]
+    assert all(rate > 0 for rate in found["snapshots"]["lr_median"][:-1])  # a cosine's last is 0
 
 
-# --- measures --------------------------------------------------------------------------------------------------------
+# --- measures and targets --------------------------------------------------------------------------------------------
+
+ADAM = {1e-5: 1.8, 1e-4: 1.5, 1e-3: 1.0, 1e-2: 1.05, 1e-1: 1.5, 1.0: None}
 
 
 def test_span_and_regret_are_measured_against_tuned_adam() -> None:
-    adam = {1e-6: 1.9, 1e-5: 1.8, 1e-4: 1.5, 1e-3: 1.0, 1e-2: 1.05, 1e-1: 1.5, 1.0: None}
     ours = {1e-6: 1.2, 1e-5: 1.09, 1e-4: 1.0, 1e-3: 1.02, 1e-2: 1.04, 1e-1: 1.11, 1.0: None}
     study = measures.Study(
-        [record(lr=lr, loss=loss) for lr, loss in adam.items()]
+        [record(lr=lr, loss=loss) for lr, loss in ADAM.items()]
         + [record(optimizer="local", lr=lr, loss=loss) for lr, loss in ours.items()]
     )
-    assert study.tuned_baseline("mlp-iris", "validation") == (1e-3, 1.0)
-    assert study.measures("mlp-iris", "adam", "validation").span == 2
-    found = study.measures("mlp-iris", "local", "validation")
-    assert (found.span, found.decades) == (4, 7)
-    assert found.regret == pytest.approx(0.02)
-    assert (found.diverged, found.runs) == (0, 5)  # the divergence from lr 1 is above the rates that must be safe
-    assert found.step_microseconds == pytest.approx(100.0)
+    assert study.best("mlp-iris", "adam", "validation") == (1e-3, 1.0)
+    assert study.span("mlp-iris", "local", "validation", plans.DECADES) == 4
+    assert study.span("mlp-iris", "adam", "validation", plans.DECADES) is None  # not from 1e-6
+    assert study.regret("mlp-iris", "local", 1e-3, "training") == pytest.approx(0.02)
+    assert math.isnan(study.regret("mlp-iris", "local", 3e-3, "training"))
+    assert study.diverged("mlp-iris", "local", 1.0) == 1
 
 
 def test_one_bad_seed_spoils_its_rate() -> None:
@@ -207,148 +286,118 @@ def test_one_bad_seed_spoils_its_rate() -> None:
         [record(seed=seed) for seed in (0, 1)]
         + [record(optimizer="local", loss=loss, seed=seed) for seed, loss in enumerate((1.0, None))]
     )
-    found = study.measures("mlp-iris", "local", "training")
-    assert (found.span, found.diverged, found.runs) == (0, 1, 2)
-    assert found.regret == math.inf
+    assert study.regret("mlp-iris", "local", 1e-3, "training") == math.inf
+    assert not study.near("mlp-iris", "local", 1e-3, "training")
+    # By luck of few held-out samples the loss of a diverged run may be low.
+    lucky = measures.Study([record(), record(optimizer="local", loss=0.5) | {"diverged": True}])
+    assert not lucky.near("mlp-iris", "local", 1e-3, "validation")
 
 
 def test_functions_count_decimal_digits() -> None:
-    study = measures.Study(
-        [
-            record("quadratic", loss=2e-8),
-            record("quadratic", "local", loss=2e-7, lr=1e-3),  # 7 digits where Adam gains 8
-            record("quadratic", "local", loss=2e-9, lr=1e-2),
-            record("quadratic", "local", loss=None, lr=1e-1),
-        ]
-    )
-    assert study.tuned_baseline("quadratic", "validation") == (1e-3, pytest.approx(-8.0))
-    found = study.measures("quadratic", "local", "validation")
-    assert found.span == 1
-    assert found.regret == pytest.approx(1 / 8)
+    study = measures.Study([record("quadratic", loss=2e-8), record("quadratic", "local", loss=2e-7)])
+    assert study.best("quadratic", "adam", "validation") == (1e-3, pytest.approx(-8.0))
+    assert study.regret("quadratic", "local", 1e-3, "training") == pytest.approx(1 / 8)
     assert measures.digits_gained(record("quadratic", loss=5.0)) == 0.0
 
 
-def test_the_summary_counts_tasks_with_all_decades_only() -> None:
-    complete = [record(lr=lr) for lr in plans.DECADES]
-    study = measures.Study([*complete, record("mlp-wine")])
-    summary = measures.summarize(study, "adam", "training", study.tasks)
-    assert (summary.tasks, summary.wide, summary.mean_span, summary.small_regret) == (1, 1, 7.0, 1)
+def test_records_of_defaults_that_are_gone_do_not_count() -> None:
+    old = record(optimizer="local") | {"options": {"damping": "17.0"}}
+    assert measures.Study([record(), old]).optimizers == ["adam"]
 
 
-def test_small_regrets_are_counted_among_the_known_ones() -> None:
-    tuned_between = [record(lr=lr) for lr in plans.DECADES] + [record(lr=3e-3, loss=0.5)]
-    tuned_at_decade = [record("mlp-wine", lr=lr, loss=0.5 if lr == 1e-3 else 1.0) for lr in plans.DECADES]
+def all_tasks(**losses: Any) -> list[dict[str, Any]]:
+    """Records of every task: by optimizer the loss, or a function from rate to loss, at the rates of its plan."""
+    made = []
+    for task in targets.MAIN:
+        for name, loss in losses.items():
+            name = name.replace("_", "-")
+            for lr in plans.RATES[name]:
+                value = loss(lr) if callable(loss) else loss
+                # Functions gain as many digits as make the same regret.
+                final = 2.0 * 10 ** -(10 / value) if tasks.TASKS[task].goal == "digits" and value else value
+                made.append(record(task, name, lr, final))
+    return made
+
+
+def verdicts(study: measures.Study, optimizer: str = "local") -> dict[str, targets.Verdict]:
+    return {name: target(study, optimizer) for name, target in targets.TARGETS.items()}
+
+
+def test_targets_are_met_by_an_optimizer_that_is_as_good_as_tuned_ones_everywhere() -> None:
+    adam = lambda lr: 1.0 if lr == 1e-2 else 1.5  # noqa: E731
     study = measures.Study(
-        [*tuned_between, *tuned_at_decade]
-        + [record(task, "prodigy", lr=lr, loss=0.5) for task in ("mlp-iris", "mlp-wine") for lr in plans.DECADES]
+        all_tasks(adam=adam, adamw_cosine=adam, local=0.99)
+        + [record(task, "adamw#3", 0.02, 1.2, parameters=5) for task in targets.MAIN]
     )
-    table = report.summary_table(study, "training", ["adam", "prodigy"])
-    small_regret = table.header.index("regret ≤ 1%")
-    assert [row[small_regret] for row in table.rows] == ["2 of 2", "1 of 1"]
+    found = verdicts(study)
+    assert all(verdict.met for verdict in found.values()), found
+    assert found["no run of the seven decades diverges"].found == f"0 of {7 * len(targets.MAIN)}"
 
 
-def test_one_rate_counts_tasks_near_their_own_tuned_baseline() -> None:
-    adam = [record(lr=1e-3), record("mlp-wine", loss=0.5, lr=1e-2), record("mlp-wine", loss=2.0, lr=1e-3)]
-    ours = [record("mlp-wine", "local", loss=0.54, lr=1e-3), record(optimizer="local", loss=1.2, lr=1e-3)]
-    diverged = {**record(optimizer="local", loss=0.9, lr=1e-1), "diverged": True}
-    table = report.one_rate_table(measures.Study([*adam, *ours, diverged]), "training", ["adam", "local"])
-    at = {lr: table.header.index(report.lr_text(lr)) for lr in (1e-3, 1e-2, 1e-1)}
-    assert [table.rows[0][at[lr]] for lr in (1e-3, 1e-2)] == ["1", "1 of 1"]
-    assert [table.rows[1][at[lr]] for lr in (1e-3, 1e-1)] == ["1", "0 of 1"]
+def test_targets_are_missed_for_their_reasons() -> None:
+    adam = lambda lr: 1.0 if lr == 1e-2 else 1.5  # noqa: E731
+    ours = lambda lr: None if lr == 1.0 else 1.06 if lr in (1e-2, 1e-3) else 1.3  # noqa: E731
+    found = verdicts(measures.Study(all_tasks(adam=adam, adamw_cosine=0.9, local=ours)))
+    missed = {name for name, verdict in found.items() if verdict.met is False}
+    unknown = {name for name, verdict in found.items() if verdict.met is None}
+    assert unknown == {name for name in found if "single" in name}
+    assert missed == set(found) - unknown  # also the share near the best: 1.06 is 18% above AdamW's 0.9
+    networks = next(found[name] for name in found if "networks" in name)
+    assert networks.found.startswith("18 of 18 above")
 
 
-def swept_study(losses: dict[str, float], skip: set[str] | None = None) -> measures.Study:
-    """Adam's loss is 1 everywhere. `losses` are those of the others from 1e-3, and ten times it from other rates."""
-    return measures.Study(
-        record(task, name, lr, loss if name == "adam" or lr == 1e-3 else 10 * loss, seed)
-        for task in tasks.TASKS
-        for name, loss in {"adam": 1.0, **losses}.items()
-        for lr in plans.SWEEP_LRS
-        for seed in plans.SEEDS
-        if not (task == "mlp-iris" and name in (skip or set()))
-    )
+def test_nothing_recorded_is_nothing_known() -> None:
+    assert {verdict.met for verdict in verdicts(NOTHING).values()} == {None}
 
 
-def test_the_sweep_compares_each_setting_with_the_unchanged_one() -> None:
-    better, equal = "local,damping=0.5", "local,damping=5.0"
-    study = swept_study({"local": 0.2, better: 0.05, equal: 0.202})
-    table = sweep_report.sweep_table(study, "local")
-    assert [line[0] for line in table.rows] == ["nothing", "damping=0.5", "damping=5.0"]
-    near = table.header.index("within 10% of tuned Adam, training")
-    assert [line[near] for line in table.rows] == ["14", "41", "14"]
-    # Of one seed; from 1e-5, since 1e-1 may diverge.
-    assert [line[-1] for line in table.rows] == ["0 of 28", "0 of 28", "14 of 28"]
-    won_and_lost = table.header.index("better : worse, training")
-    from_1e3 = table.header.index("from 1e-3")
-    assert [line[won_and_lost] for line in table.rows] == ["–", "41 : 0", "0 : 0"]
-    assert [line[from_1e3] for line in table.rows[1:]] == ["-75.0%", "+1.0%"]
+def test_the_best_single_configuration_is_near_the_best_on_most_tasks() -> None:
+    made = all_tasks(adam=1.0)
+    for task in targets.MAIN:
+        made.append(record(task, "adamw#0", 1e-2, 1.0 if task.startswith("mlp") else 1.2))
+        made.append(record(task, "adamw#1", 3e-2, 1.05 if tasks.TASKS[task].goal == "loss" else 1.9))
+    assert measures.best_single(measures.Study(made)) == ["adamw#1", "adamw#0"]
 
 
-def test_the_sweep_shows_no_setting_that_was_not_run_everywhere() -> None:
-    study = swept_study({"local": 0.1, "local,damping=0.5": 0.1}, skip={"local,damping=0.5"})
-    assert [line[0] for line in sweep_report.sweep_table(study, "local").rows] == ["nothing"]
+# --- tables and pictures ---------------------------------------------------------------------------------------------
 
 
-def test_a_lost_run_changes_all_or_nothing() -> None:
-    assert sweep_report.change(1.0, math.inf) == -1.0
-    assert sweep_report.change(math.inf, 1.0) == math.inf
-    assert sweep_report.change(math.inf, math.inf) == 0.0
-    assert sweep_report.change(-3.0, 0.0) == -1.0  # three digits gained instead of none
-    assert sweep_report.change(-3.0, -4.0) == pytest.approx(0.25)
+@pytest.fixture(scope="module")
+def small_study() -> measures.Study:
+    pairs = [(name, lr) for name in ("adam", "local") for lr in (1e-3, 1.0)]
+    made = [runs.perform(short_run("conv-digits", name, lr, steps=4)) for name, lr in pairs]
+    sampled = [record("words", f"local,path={text}", loss=loss) for text, loss in (("1", 1.0), ("1/16", 1.01))]
+    return measures.Study([*made, *sampled, record("gpt-text-long", "adam")])
 
 
-# --- random walk, tables, pictures -----------------------------------------------------------------------------------
+def test_the_report_tells_what_is_there(small_study: measures.Study) -> None:
+    console = Console(width=250, record=True)
+    report.print_report(console, small_study)
+    shown = " ".join(console.export_text().split())
+    assert "targets, at the defaults" in shown and "+1.0%" in shown and "character GPT, long, Adam" in shown
+    assert "7 runs on 3 tasks" in shown
 
 
-def test_the_closed_form_explains_the_papers_monte_carlo_means() -> None:
-    limit = random_walk.normalized_limit(random_walk.BETA1, random_walk.PAPER_SMOOTHING)
-    for mean in random_walk.PAPER_MEANS.values():
-        assert mean == pytest.approx(limit, abs=2e-4)
+def test_numbers_as_they_are_shown() -> None:
+    assert [report.number(value) for value in (math.nan, math.inf, 0.12345)] == ["–", "∞", "0.123"]
+    assert [targets.percent(value) for value in (math.nan, 12.0, -0.031)] == ["–", "> 1000%", "-3.1%"]
+    assert report.lr_text(3e-3) == "3e-3"
 
 
-def test_normalized_steps_walk_as_the_closed_form_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(random_walk.NORMALIZED_STEPS, 650, 3000)
-    found = random_walk.normalized_path(650, torch.Generator().manual_seed(0))
-    assert found == pytest.approx(random_walk.normalized_limit(0.9, 0.2), rel=0.01)
-
-
-def test_unknown_marks_in_the_text_are_errors() -> None:
-    empty = measures.Study([])
+def test_pictures_and_tables_are_made_from_few_records(small_study: measures.Study, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    names = ("coverage", "targets", "sampling", "long", "losses", "one-rate-training", "peers-validation")
+    text = "".join(f"<!-- study: {name} -->\n<!-- end of study -->\n" for name in names)
+    (tmp_path / "learning_rate.md").write_text(text)
+    figures.write_figures(small_study, tmp_path)
+    written = (tmp_path / "learning_rate.md").read_text()
+    assert "](images/learning_rate_losses.png)" in written and "| target |" in written
+    assert (tmp_path / "images" / "learning_rate_trajectories.png").stat().st_size > 5_000
+    assert figures.with_tables(text, NOTHING, tmp_path).count("*Not yet recorded.*") == len(names)
     with pytest.raises(KeyError, match="no-such-table"):
-        nothing = figures.Recorded(*[empty] * 5, {})
-        figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", nothing)
+        figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", small_study, tmp_path)
 
 
-def test_tables_name_losses_that_are_not_finite() -> None:
-    study = measures.Study([record(loss=None), record(lr=1e-2, loss=0.5), record(optimizer="local", lr=1e-1)])
-    table = report.loss_table(study, "mlp-iris", "validation", ["adam"])
-    assert table.header == ["optimizer", "1e-3", "1e-2", "1e-1"]
-    assert table.rows[0] == ["Adam", "∞", "0.5", "–"]
-    assert table.markdown().count("\n") == 3
-
-
-def test_the_report_of_a_part_of_the_decades_has_a_result_and_no_empty_table(tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    for lr in (1e-4, 1e-2):
-        for optimizer in ("adam", "local"):
-            runs.append_record(path, record(optimizer=optimizer, lr=lr, loss=1.0 if lr == 1e-2 else 1.05))
-    console = Console(width=120, record=True)
-    report.print_report(console, path)
-    shown = " ".join(console.export_text().split())  # titles are wrapped to the width of their tables
-    assert "tasks of 1 that end within 10% of tuned Adam, by training loss" in shown
-    assert "mean span" not in shown  # it needs all decades
-    assert "4 settings, 1 seed each" in shown
-
-
-def test_pictures_are_drawn_from_few_records() -> None:
-    made = [runs.perform(short_run("mlp-digits", name, lr)) for name in ("adam", "smoothed") for lr in (1e-3, 1.0)]
-    study = measures.Study(made)
-    for figure in (figures.draw_losses(study, figures.STYLES), figures.draw_trajectories(study, plans.OURS)):
-        figure.canvas.draw()
-        figures.plt.close(figure)
-
-
-@pytest.mark.skipif(not (DOCS / "learning_rate.md").exists(), reason="no text to compare with")
 def test_the_text_shows_the_recorded_results() -> None:
-    text = (DOCS / "learning_rate.md").read_text(encoding="utf-8")
-    assert figures.with_tables(text, figures.Recorded.read(RESULTS)) == text
+    docs = program.REPOSITORY / "docs"
+    text = (docs / "learning_rate.md").read_text(encoding="utf-8")
+    assert figures.with_tables(text, measures.Study(runs.read_records(program.RECORDS)), docs) == text

@@ -1,1 +1,0 @@
-"""The learning-rate study: tasks, optimizers, runs, what is measured, figures."""

@@ -1,0 +1,161 @@
+"""Is there a compiled core, what can it serve, and what to tell the user where it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import tensors
+from .._version import __version__
+from ..distributed.dtensors import local
+from ._interface import interface_stamp
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from . import _core
+
+_REINSTALL = (
+    "reinstall clara_fused from its sources on a machine with a C++ compiler "
+    "(`pip install --force-reinstall --no-deps .`; an editable install: `pip install --no-deps -e .`)"
+)
+_NO_CUDA_KERNELS = (
+    "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed"
+)
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or why there is none."""
+    try:
+        core = importlib.import_module("._core", __package__)
+    except ModuleNotFoundError:
+        return None, f"the compiled core is not installed: {_REINSTALL}"
+    except ImportError as error:
+        return None, f"the compiled core cannot be loaded ({error}): {_REINSTALL}"
+    built_for = getattr(core, "version", "unknown")
+    if built_for != __version__:
+        return None, f"the compiled core is of version {built_for}, clara_fused of {__version__}: {_REINSTALL}"
+    if interface_stamp() not in (None, getattr(core, "interface", "unknown")):
+        problem = "the compiled core was built from other sources than this clara_fused and has to be rebuilt"
+        return None, f"{problem}: {_REINSTALL}"
+    return core, ""
+
+
+@lru_cache(maxsize=1)
+def core_or_warning() -> Any:
+    """The compiled module; None, and once a warning, where there is none."""
+    core, problem = load()
+    if core is None:
+        warnings.warn(f"clara_fused runs on PyTorch operations, which is slower: {problem}", stacklevel=2)
+    return core
+
+
+def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | None:
+    """Why the compiled core cannot serve parameters of this dtype on this device; None if it can.
+
+    Returns:
+        one sentence for the user, with what to do about it.
+    """
+    core, problem = load()
+    if core is None:
+        return problem
+    device = torch.device(device)
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"the compiled core has no kernels for {device.type} devices; use fused=None or fused=False there"
+    if core.build_info()["cuda"] is None:
+        return _NO_CUDA_KERNELS
+    if param_dtype == torch.float64:
+        return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False for them"
+    return _cuda_problem(device.index or 0) or None
+
+
+@cache
+def _cuda_problem(index: int) -> str:
+    problem: str = core_or_warning().cuda_problem(index)
+    return problem
+
+
+@lru_cache(maxsize=1)
+def dtype_codes() -> dict[torch.dtype, _core.DType]:
+    """The core's names of the dtypes it knows."""
+    return {dtype: core_or_warning().DType.__members__[str(dtype)[6:]] for dtype in tensors.SUPPORTED_DTYPES}
+
+
+def require(param: Tensor, grad: Tensor, group_index: int, param_index: int) -> None:
+    """Check what ``fused=True`` promises.
+
+    Raises:
+        RuntimeError: the core cannot step this tensor; says why and what to do.
+    """
+    problem = _why_not(param, grad)
+    if problem is not None:
+        where = tensors.describe(group_index, param_index, param)
+        raise RuntimeError(f"{where}: fused=True: {problem}; use fused=None or fused=False")
+
+
+def _why_not(param: Tensor, grad: Tensor) -> str | None:
+    """Why the core cannot step this tensor; None if it can, as far as can be told from this tensor alone."""
+    problem = core_status(param.device, param.dtype)
+    if problem is not None:
+        return problem.removesuffix("; use fused=None or fused=False")
+    for tensor, role in ((param, "parameters"), (grad, "gradients")):
+        if tensors.is_wrapper(tensor):
+            what = f"{role} of type {type(tensor).__name__}, which implements PyTorch's operations itself"
+            return f"the compiled core does not serve {what}"
+        part = local(tensor)
+        if part.is_neg() or part._is_zerotensor():
+            return f"the compiled core does not serve {role} whose memory does not hold their values (lazy negatives)"
+    codes = dtype_codes()
+    if not core_or_warning().supports(param.device.type == "cuda", codes[param.dtype], codes[grad.dtype]):
+        return f"the compiled core does not serve a {grad.dtype} gradient for a {param.dtype} parameter"
+    part, part_grad = local(param), local(grad)
+    if not tensors.is_dense(part):
+        return f"the compiled core does not serve parameters with gaps in memory (strides {part.stride()})"
+    if not tensors.have_equal_layout(part, part_grad):
+        return (
+            f"the compiled core does not serve a gradient with another memory layout (strides {part_grad.stride()}) "
+            f"than its parameter's (strides {part.stride()})"
+        )
+    return None
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def describe_installation() -> str:
+    """What is installed, which back end each device gets, and why not a better one; for ``python -m clara_fused``."""
+    core, problem = load()
+    lines = [f"clara_fused {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"]
+    if core is None:
+        lines.append(f"compiled core: none ({problem})")
+    else:
+        info = core.build_info()
+        sets = ", ".join(info["cpu_instruction_sets"])
+        kernels = f"{info['cpu_instruction_set']} kernels (of {sets})"
+        lines.append(f"compiled core: {kernels}, threads of {info['cpu_threads']}")
+        cuda = info["cuda"]
+        lines.append(
+            "compiled for CUDA: no"
+            if cuda is None
+            else f"compiled for CUDA: {cuda['toolkit']}, architectures {cuda['architectures'].replace(';', ', ')}"
+        )
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    for device in devices:
+        problems = {dtype: core_status(device, dtype) for dtype in tensors.SUPPORTED_DTYPES}
+        for reason in dict.fromkeys(problems.values()):
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in problems if problems[dtype] == reason)
+            name = "compiled core" if reason is None else f"PyTorch operations: {reason}"
+            lines.append(f"{device} ({dtypes}): {name}")
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""Shards that do not say so: FSDP1 without process_group, and vectors that DeepSpeed puts in place of parameters."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import World
+from sharded_models import LIVELY, VARIANTS, make_model
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+
+def fsdp1_without_group(variant: str, use_orig_params: bool) -> str:
+    wrapped = FullyShardedDataParallel(
+        make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"), process_group=dist.group.WORLD
+    )
+    optimizer = VARIANTS[variant](wrapped.parameters(), **LIVELY)
+    wrapped(torch.ones(4, 6, dtype=torch.float64)).sum().backward()
+    with pytest.raises(ValueError) as caught:
+        optimizer.step()
+    assert not optimizer.state
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("variant", ["Global", "Local"])
+def test_fsdp1_without_process_group_is_refused(world2: World, variant: str, use_orig_params: bool) -> None:
+    for message in world2.run(fsdp1_without_group, variant, use_orig_params):
+        assert "is a shard of FSDP1" in message
+        assert "pass process_group=" in message
+
+
+def fsdp1_without_group_after_loading() -> str:
+    """The state of the right run does not make the wrong one right."""
+    wrapped = FullyShardedDataParallel(make_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    right = VARIANTS["Local"](wrapped.parameters(), **LIVELY, process_group=dist.group.WORLD)
+    wrapped(torch.ones(4, 6, dtype=torch.float64)).sum().backward()
+    right.step()
+    wrong = VARIANTS["Local"](wrapped.parameters(), **LIVELY)
+    wrong.load_state_dict(right.state_dict())
+    with pytest.raises(ValueError) as caught:
+        wrong.step()
+    return str(caught.value)
+
+
+def test_fsdp1_without_process_group_is_refused_after_loading(world2: World) -> None:
+    for message in world2.run(fsdp1_without_group_after_loading):
+        assert "is a shard of FSDP1" in message
+
+
+def fsdp1_on_one_rank() -> list[float]:
+    wrapped = FullyShardedDataParallel(make_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = VARIANTS["Local"](wrapped.parameters(), **LIVELY)
+    wrapped(torch.ones(4, 6, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    return optimizer.lr_scales()[0].tolist()
+
+
+def test_fsdp1_on_one_rank_needs_no_group(world1: World) -> None:
+    assert len(world1.run(fsdp1_on_one_rank)[0]) == 9
+
+
+def step_of_a_flat_vector(variant: str, with_group: bool) -> str:
+    """As DeepSpeed does it after the optimizer was made; the module stands for its import."""
+    model = make_model()
+    optimizer: Any = VARIANTS[variant](
+        model.parameters(), **LIVELY, process_group=dist.group.WORLD if with_group else None
+    )
+    vector = torch.ones(8, requires_grad=True)
+    optimizer.param_groups[0]["params"] = [vector]
+    vector.grad = torch.ones(8)
+    sys.modules["deepspeed"] = ModuleType("deepspeed")
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    finally:
+        del sys.modules["deepspeed"]
+    return ""
+
+
+def test_flat_partitions_are_noticed(world2: World) -> None:
+    for message in world2.run(step_of_a_flat_vector, "Local", True):
+        assert "use AdamClaraGlobal, or FSDP2 instead of DeepSpeed" in message
+    for message in world2.run(step_of_a_flat_vector, "Global", False):
+        assert "pass process_group=" in message
+    assert world2.run(step_of_a_flat_vector, "Global", True) == ["", ""]
+
+
+def test_a_vector_of_the_users_own_is_nobodys_partition() -> None:
+    vector = torch.ones(8, requires_grad=True)
+    vector.grad = torch.ones(8)
+    optimizer = VARIANTS["Local"]([vector, nn.Parameter(torch.ones(2))], **LIVELY)
+    optimizer.step()
+    assert vector in optimizer.state
