@@ -186,7 +186,7 @@ class TorchBucket:
             array = flat.unsqueeze(0)
         else:
             array = torch.stack(pieces).view(len(pieces), pieces[0].numel())
-        return array.to(self._dtype, copy=copy and _share_memory(array, pieces[0]))
+        return array.to(self._dtype, copy=copy and len(pieces) == 1 and sample == WHOLE)
 
     def _store(self, values: Tensor, pieces: list[Tensor], keep: Tensor | None) -> None:
         """Write an array back to its pieces, unless it is their memory; `keep`: leave them as they were where set."""
@@ -199,19 +199,18 @@ class TorchBucket:
 
     def _gradient(self, block: _Block, sample: Sample) -> Tensor:
         """The unscaled, signed and coupled-decayed gradient; never written into the user's."""
-        options = self.options
-        grad = self._load(block.grads, sample)
+        options, param = self.options, block.params[0]
+        coupled = options.weight_decay != 0.0 and not options.decoupled_weight_decay
+        own_shape = coupled and tensors.is_wrapper(param)
+        grad = self._load(block.grads, WHOLE if own_shape else sample)
         if self._grad_scale is not None:
             grad = grad / self._grad_scale
         if options.maximize:
             grad = grad.neg()
-        if options.weight_decay and not options.decoupled_weight_decay:
-            if tensors.is_wrapper(block.params[0]):
-                param = block.params[0]
-                whole = grad.new_zeros(param.shape).add(param, alpha=options.weight_decay).unsqueeze(0)
-                grad = grad + self._load([whole], sample)
-            else:
-                grad = grad.add(self._load(block.params, sample), alpha=options.weight_decay)
+        if own_shape:
+            grad = self._load([grad.view(param.shape).add(param, alpha=options.weight_decay)], sample)
+        elif coupled:
+            grad = grad.add(self._load(block.params, sample), alpha=options.weight_decay)
         return grad
 
     def _new_moments(self, block: _Block, grad: Tensor, sample: Sample, copy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,19 +397,17 @@ def _pieces(work: TensorWork, row: int, limit: int, sampled: bool, amsgrad: bool
         views.append(path)
     else:
         path = path.view(-1)
-    per_row = 1  # elements of an index of the first dimension
-    if not tensors.is_wrapper(work.param):
+    size, per_row = work.param.numel(), 1  # of the dimension that is cut, and elements of one of its indices
+    if tensors.is_wrapper(work.param):
+        size, per_row, limit = 1, size, size  # whole, in its own shape
+    else:
         m = views[2]
-        alike = all(view.stride() == m.stride() and not view.is_neg() for view in views) and tensors.is_dense(m)
-        if alike:
+        if all(view.stride() == m.stride() and not view.is_neg() for view in views) and tensors.is_dense(m):
             views = [in_storage_order(view) for view in views]
         elif m.dim():
             order = sorted(range(m.dim()), key=lambda dim: (m.stride(dim), m.shape[dim]), reverse=True)
             views = [view.permute(order) for view in views]
-            per_row = m.numel() // max(1, views[2].shape[0])
-    else:
-        limit = work.param.numel()
-    size = views[0].shape[0] if views[0].dim() else 1
+            size, per_row = views[0].shape[0], size // max(1, views[0].shape[0])
     elements = limit * sample.run // sample.kept if sampled else limit
     step = max(1, elements // max(1, per_row))
     if per_row % sample.run:  # indices of the first dimension make a run
