@@ -422,8 +422,6 @@ def test_torch_adam_checkpoint_starts_the_adaptation(variant: str, fused: bool) 
         u = (state["exp_avg"].double() / bias1) / ((state["exp_avg_sq"].double() / bias2).sqrt() + 1e-8)
         torch.testing.assert_close(state["path"].double(), (0.3 * 1.7) ** 0.5 * u, rtol=1e-5, atol=1e-6)
         # A walk of one step is as long as that step: nothing to learn yet.
-        walk_sq, path_sq = state["walk_path_sq"].double(), state["path"].double().square().sum()
-        torch.testing.assert_close(walk_sq, path_sq, rtol=1e-4, atol=0)
         assert state["lr_scale"].item() == pytest.approx(0.25, rel=1e-5)
 
 
