@@ -371,6 +371,37 @@ void check(const Case& c) {
 
 const Case kPlain{DType::kFloat32, DType::kFloat32, false, false, false};
 
+// The walk as reference: sums are weighted with d.
+void check_metric() {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    Model before({dtype, dtype, false, false, false});
+    before.options.reference = 0.0;
+    before.run(1, 1, true);
+    Model after(before);
+    after.run(1, 2, false);
+    for (size_t t = 0; t < before.sizes.size(); ++t) {
+      const Size& size = before.sizes[t];
+      PathSums expected{0, 0, 0, 0, 0, static_cast<double>(size.numel)};
+      for (int64_t p = 0; p < size.path_numel(); ++p) {
+        const int64_t i = size.element_of(p);
+        const double all = static_cast<double>(size.run) / size.kept;
+        const double d = std::sqrt(after.v[t].at(i) / (1.0 - kBeta2 * kBeta2));
+        const double u = after.m[t].at(i) / (1.0 - kBeta1 * kBeta1) / d, grad = after.grads[t].at(i) / kGradScale;
+        expected.path_sq += all * d * after.paths[t].at(p) * after.paths[t].at(p);
+        expected.step_sq += all * d * u * u;
+        expected.grad_sq += all * grad * grad / d;
+        expected.path_before_sq += all * d * before.paths[t].at(p) * before.paths[t].at(p);
+        expected.weight += all * d;
+      }
+      const PathSums& sums = after.sums[t];
+      expect(close(sums.path_sq, expected.path_sq, 1e-5) && close(sums.step_sq, expected.step_sq, 1e-5) &&
+                 close(sums.grad_sq, expected.grad_sq, 1e-5) && close(sums.weight, expected.weight, 1e-5) &&
+                 close(sums.path_before_sq, expected.path_before_sq, 1e-5) && sums.numel == expected.numel,
+             std::string(name_of(dtype)) + ": sums in Adam's metric of tensor " + std::to_string(t));
+    }
+  }
+}
+
 void check_lr_zero() {
   Model model(kPlain);
   model.run(1, 2, true);
@@ -510,6 +541,7 @@ void check_order_free_sum() {
 int main(int argc, char**) {
   check_conversions();
   check_order_free_sum();
+  check_metric();
   check_lr_zero();
   check_large_gradients();
   check_position();
