@@ -55,13 +55,13 @@ class AdamClara(Constructor, Optimizer):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
         self.process_group = arguments["process_group"]
+        self._core = core_buckets.Gatherer(self.one_scale)
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
 
     def _forget_caches(self) -> None:
         """Drop what was derived from groups, parameters and state; the next step derives it anew."""
         self._options = OptionReader(self.option_names, self.one_scale)
-        self._core = core_buckets.Gatherer(self.one_scale)
         self._ranks: sharding.RankSums | None = None
         self._shards_are_checked = False
         # What checked tensors looked like, by the parameter's id: they need not be checked again while they look so.
@@ -84,6 +84,7 @@ class AdamClara(Constructor, Optimizer):
         sharding.check_process_group(group)
         self._process_group = sharding.ProcessGroupReference(group)
         self._ranks = None
+        self._shards_are_checked = False
 
     # --- the step ---
 
@@ -142,11 +143,14 @@ class AdamClara(Constructor, Optimizer):
                 sharding.check_shards(param, *location, self.process_group, self.one_scale)
             self._shards_are_checked = True
         options, lrs = self._options.read(self.param_groups)
-        # A GradScaler's. Where no parameter has a gradient its found_inf is a sum over nothing: the number 0.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if isinstance(found_inf, (int, float)):
-            found_inf = torch.tensor(found_inf, dtype=torch.float32, device="cpu")
-        return StepInputs(options, lrs, grad_scale, found_inf, self.one_scale)
+        scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scalars[0] is not None or scalars[1] is not None:
+            # Where no parameter has a gradient a GradScaler's found_inf is a sum over nothing: the number 0.
+            scalars = [
+                value if value is None or isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device="cpu")
+                for value in scalars
+            ]
+        return StepInputs(options, lrs, scalars[0], scalars[1], self.one_scale)
 
     def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
         """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
@@ -383,6 +387,8 @@ class AdamClara(Constructor, Optimizer):
                         entry, param, options[group_index], group_step, location, all_elements
                     )
         super().__setstate__(new)
+        if not hasattr(self, "_core"):  # out of a pickle; else what CUDA graphs have captured has to stay
+            self._core = core_buckets.Gatherer(self.one_scale)
         self._forget_caches()
         if self.one_scale:
             self._shared_scales()
