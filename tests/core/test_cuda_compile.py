@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-compile"
 UNITS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-# What 1024 threads of a multiprocessor may have: enough of them to keep its share of the memory busy.
+# What 1024 threads of a multiprocessor may have: enough of them to keep its share of the memory busy. Of the kernels that
+# touch elements; the others do little.
 MAX_REGISTERS = 64
+ELEMENT_KERNELS = ("measure_kernel", "update_kernel")
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def test_no_kernel_spills_or_uses_local_memory(kernels: list[Kernel]) -> None:
 
 
 def test_registers_leave_room_for_enough_loads_in_flight(kernels: list[Kernel]) -> None:
-    offenders = [k for k in kernels if k.registers > MAX_REGISTERS]
+    on_elements = [k for k in kernels if any(name in k.name for name in ELEMENT_KERNELS)]
+    offenders = [k for k in on_elements if k.registers > MAX_REGISTERS]
     assert not offenders
 
 
