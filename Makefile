@@ -102,6 +102,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/step_time.py --out $(BENCH_OUT) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/cpu_overhead.py --out $(BENCH_OUT)
 	$(BIN)/python benchmarks/end_to_end.py --out $(BENCH_OUT)
+	$(BIN)/python benchmarks/state_bytes.py --out $(BENCH_OUT)
 
 docs: $(VENV)/.ready-docs
 	@echo "== documentation site (ten seconds)"
@@ -128,18 +129,13 @@ demo-figure: demo
 	cp demo/curves.png docs/images/demo.png
 
 study: $(VENV)/.ready-study
-	$(BIN)/python benchmarks/lr_robustness.py run full $(STUDY_ARGS)
-	$(BIN)/python benchmarks/lr_robustness.py run measured $(STUDY_ARGS)
-	$(BIN)/python benchmarks/lr_robustness.py run cautious $(STUDY_ARGS)
-	$(BIN)/python benchmarks/lr_robustness.py run sweep $(STUDY_ARGS)
-	$(BIN)/python benchmarks/lr_robustness.py run candidates $(STUDY_ARGS)
+	$(BIN)/python -m study run $(STUDY_ARGS)
 
 study-quick: $(VENV)/.ready-study
-	$(BIN)/python benchmarks/lr_robustness.py run quick --results build/study-quick.jsonl $(STUDY_ARGS)
+	$(BIN)/python -m study run quick $(STUDY_ARGS)
 
 study-figures: $(VENV)/.ready-study
-	$(BIN)/python benchmarks/lr_robustness.py random-walk
-	$(BIN)/python benchmarks/lr_robustness.py figures
+	$(BIN)/python -m study figures
 
 clean:
 	rm -rf build dist demo runs bench htmlcov .coverage .coverage.* *.egg-info

@@ -161,7 +161,7 @@ class TorchBucket:
     def _distribute(self, values: Tensor, targets: list[Tensor]) -> None:
         """Copy the rows of `values` to tensors of their own."""
         if self._on_host:
-            torch.unbind_copy(values, 0, out=targets)  # makes no Python objects of the rows
+            torch.unbind_copy(values.to(targets[0].dtype), 0, out=targets)  # makes no Python objects of the rows
         else:
             torch._foreach_copy_(targets, list(values.unbind()))
 
@@ -186,7 +186,7 @@ class TorchBucket:
             array = flat.unsqueeze(0)
         else:
             array = torch.stack(pieces).view(len(pieces), pieces[0].numel())
-        return array.to(self._dtype, copy=copy and len(pieces) == 1 and sample == WHOLE)
+        return array.to(self._dtype, copy=copy and len(pieces) == 1)
 
     def _store(self, values: Tensor, pieces: list[Tensor], keep: Tensor | None) -> None:
         """Write an array back to its pieces, unless it is their memory; `keep`: leave them as they were where set."""

@@ -114,9 +114,7 @@ class Bucket {
   }
 
   bool table_equals(Address host_memory) const {
-    std::vector<int64_t> table(static_cast<size_t>(memory_sizes().second + 7) / 8);  // aligned to 8
-    cuda::write_table(tensors_.records.data(), size(), table.data());
-    return std::memcmp(table.data(), pointer<void>(host_memory), static_cast<size_t>(memory_sizes().second)) == 0;
+    return cuda::is_table_of(tensors_.records.data(), size(), pointer<void>(host_memory));
   }
 
   void set_memory(Address device_memory) { memory_ = device_memory; }
