@@ -147,7 +147,7 @@ class AdamClara(Constructor, Optimizer):
         if scalars[0] is not None or scalars[1] is not None:
             # Where no parameter has a gradient a GradScaler's found_inf is a sum over nothing: the number 0.
             scalars = [
-                value if value is None or isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device="cpu")
+                torch.full((), value, dtype=torch.float32, device="cpu") if isinstance(value, (int, float)) else value
                 for value in scalars
             ]
         return StepInputs(options, lrs, scalars[0], scalars[1], self.one_scale)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import VARIANTS, why_not_core
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))  # the noise, which tests share with a program
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # study
 
 # Derandomized everywhere: a failure seen once is seen by everybody. HYPOTHESIS_PROFILE=search looks for new examples.
 hypothesis.settings.register_profile(

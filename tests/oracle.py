@@ -339,7 +339,14 @@ class Sums:
 
 
 def sums_of(
-    options: Options, sample: Sample, path_before: Number, path: Number, unit_grad: Number, u: Number, d: Number, numel: int
+    options: Options,
+    sample: Sample,
+    path_before: Number,
+    path: Number,
+    unit_grad: Number,
+    u: Number,
+    d: Number,
+    numel: int,
 ) -> Sums:
     """Of the elements that have a path, each weighted with d (not under a fixed reference), scaled to all."""
 
@@ -459,7 +466,8 @@ def next_scale_bounds(options: Options, scale: Interval, e: Evidence) -> Interva
     corners = list(itertools.product(*(ends(getattr(e, name)) for name in e.__dataclass_fields__)))
     starts = ends(scale)
     scales = [next_scale(options, start, Evidence(*corner)) for corner in corners for start in starts]
-    if 0.0 in (ends(e.path_sq)[0], ends(e.step_sq)[0]):  # squares so small that they may be rounded to none, which is no evidence
+    # Squares so small that they may be rounded to none, which is no evidence.
+    if 0.0 in (ends(e.path_sq)[0], ends(e.step_sq)[0]):
         scales += starts
     low, high = min(scales), max(scales)
     return Interval(low * (1 - 4 * UNIT["float32"]), high * (1 + 4 * UNIT["float32"]), scale.unit)

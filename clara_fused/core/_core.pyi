@@ -4,8 +4,8 @@ A core is built for this text and refused beside any other (_interface.py), so t
 never called. What changes the meaning of a call and not its declaration has to be said here for that reason as well.
 """
 
-from typing import Any, TypedDict
 from enum import Enum
+from typing import Any, TypedDict
 
 version: str
 interface: str

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-compile"
 UNITS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-# What 1024 threads of a multiprocessor may have: enough of them to keep its share of the memory busy. Of the kernels that
-# touch elements; the others do little.
+# What 1024 threads of a multiprocessor may have: enough of them to keep its share of the memory busy. Of the kernels
+# that touch elements; the others do little.
 MAX_REGISTERS = 64
 ELEMENT_KERNELS = ("measure_kernel", "update_kernel")
 

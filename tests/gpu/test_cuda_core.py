@@ -141,9 +141,10 @@ def test_strides_and_alignments_against_the_formulas(variant: str, device: torch
     check = StepCheck(variant, optimizer)
     for step in range(3):
         set_gradients(all_params(optimizer), step)
-        for param in all_params(optimizer)[::2]:  # gradients at other alignments than their parameters'
-            moved = torch.empty(param.numel() + 1, device=device)[1:].as_strided(param.size(), param.stride(), 1)
-            param.grad = moved.copy_(param.grad)
+        # Laid out as their parameters, and every other one at another alignment.
+        for index, param in enumerate(all_params(optimizer)):
+            memory = torch.empty(param.numel() + 1, device=device)
+            param.grad = memory.as_strided(param.size(), param.stride(), index % 2).copy_(param.grad)
         check.step()
 
 

@@ -5,8 +5,9 @@ The cases and the program that prints them as a table are in study/noise.py.
 
 from __future__ import annotations
 
-import noise
 import pytest
+
+from study import noise
 
 EACH_FAMILY = [
     pytest.param(family, marks=pytest.mark.slow if family in ("betas", "large", "rare") else ())
