@@ -28,6 +28,11 @@ def path_gain(smoothing: float) -> float:
     return math.sqrt(smoothing * (2.0 - smoothing))
 
 
+def in_adams_metric(options: GroupOptions) -> bool:
+    """Whether each element counts with its d in the sums; beside a fixed reference all count alike."""
+    return not options.reference
+
+
 def unit_walk(beta1: float, smoothing: float) -> float:
     """The expected path^2 of one element after many steps of unit white noise."""
     correlation = beta1 * (1.0 - smoothing)

@@ -109,10 +109,7 @@ class AdamClara(Constructor, Optimizer):
             RuntimeError: another rank that shares parameters cannot take its step, or has other hyperparameters; the
                 paths may have taken up the gradients then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         try:
             inputs = self._read_inputs()
             ranks, inputs = sharding.join(self, inputs)

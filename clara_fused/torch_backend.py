@@ -249,7 +249,7 @@ class TorchBucket:
         step.div_(denominator).mul_(inverse_bias1)
         before = self._load(block.paths)
         path = self._extended_path(before, step)
-        weight = None if options.reference else denominator
+        weight = denominator if adaptation.in_adams_metric(options) else None
         sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
         self._store_path(path, block)
         return sums * (sample.run / sample.kept)

@@ -73,6 +73,7 @@ class BuildInfo(TypedDict):
     cpu_threads: str
     compiler: str
     cuda: CudaInfo | None
+    why_not_more: str
 
 def gather(param_groups: list[dict[str, Any]], state: dict[Any, Any], one_scale: bool) -> Gathered: ...
 def supports(on_cuda: bool, param: DType, grad: DType) -> bool: ...

@@ -146,7 +146,7 @@ def describe_installation() -> str:
         lines.append(f"compiled core: {kernels}, threads of {info['cpu_threads']}")
         cuda = info["cuda"]
         lines.append(
-            "compiled for CUDA: no"
+            f"compiled for CUDA: no ({info['why_not_more']})"
             if cuda is None
             else f"compiled for CUDA: {cuda['toolkit']}, architectures {cuda['architectures'].replace(';', ', ')}"
         )

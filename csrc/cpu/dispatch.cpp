@@ -1,6 +1,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(CLARA_CPU_X86_KERNELS)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace clara {
@@ -8,9 +12,13 @@ namespace cpu {
 namespace {
 
 #if defined(CLARA_CPU_X86_KERNELS)
-bool can_run_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// Asked of the processor itself: __builtin_cpu_supports of clang 14 does not know the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+
+bool can_run_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 bool can_run_avx512() {
   return can_run_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
