@@ -28,12 +28,20 @@ from sharded_models import (
 STEPS = 8
 
 
-def compare_runs(layout: str, variant: str, options: dict[str, Any], dtype: torch.dtype, tolerance: float) -> float:
-    """Train sharded and alone; return how far the scales moved."""
+def compare_runs(
+    layout: str,
+    variant: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    tolerance: float,
+    default_dtype: torch.dtype = torch.float32,
+) -> float:
+    """Train sharded and alone, under a default dtype that is set after the models are made; how far the scales moved."""
     make = functools.partial(VARIANTS[variant], **{**LIVELY, **options})
     sharded = (LAYOUTS | MORE_LAYOUTS)[layout][1](make_model(dtype), make)
     alone_model = make_model(dtype)
     alone = Sharded(alone_model, make(alone_model.parameters()), 0, 1)
+    torch.set_default_dtype(default_dtype)
     for step in range(STEPS):
         sharded.step(step, dtype)
         alone.step(step, dtype)
@@ -108,9 +116,9 @@ def test_other_default_dtype_and_device(world4: World, variant: str) -> None:
 
 
 def compare_runs_under_other_defaults(variant: str) -> None:
-    # Of one rank only: ranks that would follow the defaults would send numbers of different sizes.
-    torch.set_default_dtype(torch.bfloat16 if dist.get_rank() == 1 else torch.float64)
+    # Ranks that would follow the defaults would send numbers of different sizes.
+    default_dtype = torch.bfloat16 if dist.get_rank() == 1 else torch.float64
     try:
-        compare_runs("fsdp1-4", variant, {}, torch.float64, 5e-8)
+        compare_runs("fsdp1-4", variant, {}, torch.float64, 5e-8, default_dtype)
     finally:
         torch.set_default_dtype(torch.float32)
