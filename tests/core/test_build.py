@@ -423,6 +423,8 @@ def _compiled_interface() -> set[str]:
         for name, value in members.items():
             if name in ("__doc__", "__module__") or name.startswith("_pybind11"):
                 continue
+            if name == "__init__" and not value.__doc__.startswith("__init__("):
+                continue  # of a class that Python does not make
             if hasattr(value, "__members__"):
                 found.update(f"{owner}{name}.{member}" for member in value.__members__)
             elif isinstance(value, type):
