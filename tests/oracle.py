@@ -307,9 +307,14 @@ def adam_step(
     v = v * beta2 + square(g) * (1 - beta2)
     v_max = maximum(v_max, v)
     second = v_max if options.amsgrad else v
-    d = sqrt(stored(second) / (1 - beta2**step)) + options.eps
-    u = stored(m) / (1 - beta1**step) / d
+    d = sqrt(stored(second) / bias_correction(beta2, step)) + options.eps
+    u = stored(m) / bias_correction(beta1, step) / d
     return AdamStep(m, v, v_max, g, d, u)
+
+
+def bias_correction(beta: float, step: int) -> float:
+    """1 - beta^t: to full accuracy, of which a difference of numbers near 1 would lose four digits."""
+    return -math.expm1(step * math.log(beta)) if beta > 0 else 1.0
 
 
 def extended_path(options: Options, path: Number, u: Number) -> Number:
@@ -371,7 +376,7 @@ class Walk:
         if may_be_zero(sums.path_sq):
             return self
         beta1, q, s = options.betas[0], options.path_decay, options.path_gain
-        bias1 = 1 - beta1**step
+        bias1 = bias_correction(beta1, step)
         before = sums.path_before_sq
         if may_be_zero(before):
             # No path so far. Moments may be older than it: then as they are, u being m/d / bias1.
@@ -402,7 +407,7 @@ class Evidence:
         if not options.moves or is_zero(sums.grad_sq):
             return cls()
         beta1 = options.betas[0]
-        bias1, correlation = 1 - beta1**step, beta1 * options.path_decay
+        bias1, correlation = bias_correction(beta1, step), beta1 * options.path_decay
         return cls(
             sums.path_sq,
             walk.path_sq * sums.path_sq,

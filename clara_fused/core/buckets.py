@@ -62,7 +62,7 @@ class Gatherer:
             groups.update(inputs)
         return [CoreBucket(bucket, self, inputs) for bucket in buckets], irregular
 
-    def table_of(self, bucket: _core.Bucket, device: torch.device) -> _Table:
+    def table_of(self, bucket: _core.Bucket, device: torch.device) -> _Table:  # pragma: no cover (needs a GPU)
         """A table on the device that describes the bucket: one of an earlier step, or a new one."""
         for table in (*self._tables, *self._captured):
             if table.serves(bucket):
@@ -110,7 +110,7 @@ class CoreBucket:
         """Number of threads, and CUDA stream, that the next operation is to use."""
         if self._table is None:
             return torch.get_num_threads(), 0
-        if not torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_current_stream_capturing():  # pragma: no cover (needs a GPU)
             # Where a graph is captured, torch.cuda.graph has waited for the device: all that was sent has arrived.
             self._table.reach_current_stream()
         return 0, torch._C._cuda_getCurrentRawStream(self.device.index)
@@ -189,7 +189,7 @@ class _Groups:
         return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
 
 
-class _Table:
+class _Table:  # pragma: no cover (needs a GPU)
     """A bucket's table on a device: written once, sent in the background, read by the kernels of many steps.
 
     Sent from pinned memory: the host does not wait, but every stream that is to read the table does.
