@@ -36,7 +36,7 @@ def compare_runs(
     tolerance: float,
     default_dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Train sharded and alone, under a default dtype that is set after the models are made; how far the scales moved."""
+    """Train sharded and alone, under a default dtype set once the models are made; return how far the scales moved."""
     make = functools.partial(VARIANTS[variant], **{**LIVELY, **options})
     sharded = (LAYOUTS | MORE_LAYOUTS)[layout][1](make_model(dtype), make)
     alone_model = make_model(dtype)
