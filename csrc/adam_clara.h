@@ -324,8 +324,4 @@ CLARA_HD int64_t to_fixed_point(double value, double scale) { return static_cast
 
 CLARA_HD double from_fixed_point(int64_t sum, double scale) { return static_cast<double>(sum) / scale; }
 
-// Note [Initial scale]: with initial_scale="cautious" the first step changes an element by at most this share of the
-// root mean square of all parameters, however large lr is (as LARS, LAMB and Adafactor bound every step).
-constexpr double kCautiousShare = 0.01;
-
 }  // namespace clara

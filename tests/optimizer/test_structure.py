@@ -214,7 +214,7 @@ def calls_of_a_steady_step(variant: str, tensors: int, fused: bool) -> list[str]
     return called
 
 
-MOST_FUNCTIONS = 24  # issue 16 wants about six; version 1 passed 35
+MOST_FUNCTIONS = 24  # version 1 passed 35
 
 
 @pytest.mark.skipif(not core_available(), reason="needs the compiled core")
