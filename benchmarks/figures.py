@@ -146,8 +146,12 @@ def state_table(document: Document) -> str:
 def bytes_table() -> str:
     """Bytes per element that must move: from the algorithm, not from a measurement."""
     lines = []
-    for label, name in (("`torch.optim.Adam`", "adam-fused"), ("apex FusedAdam", "apex"),
-                        ("these, a path for 1 element in 16", "local"), ("these, `path_fraction=1`", "local-whole")):
+    for label, name in (
+        ("`torch.optim.Adam`", "adam-fused"),
+        ("apex FusedAdam", "apex"),
+        ("these, a path for 1 element in 16", "local"),
+        ("these, `path_fraction=1`", "local-whole"),
+    ):
         traffics = [CONTENDERS[name].traffic(dtype) for dtype in (torch.float32, torch.bfloat16)]
         lines.append([label, *(f"{value:.6g}" for t in traffics for value in (t.moved, t.state))])
     return markdown_table(["bytes per element", "float32: moved", "state", "bfloat16: moved", "state"], lines)

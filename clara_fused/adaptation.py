@@ -142,12 +142,13 @@ def _with_prior(ratio: Tensor, numel: Tensor, neutral: float) -> Tensor:
 
 def excess(e: Evidence) -> Tensor:
     """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess"."""
-    # Long, also beside steps of a size that Adam remembers: gradients of that size may return at once.
-    above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.unit_walk_sq), e.numel, 32.0)
-    # Short, and more so than steps that cancel as fast as the momentum can tell.
+    # Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
+    long_walk_sq = torch.sqrt(e.walk_sq) * torch.sqrt(torch.maximum(e.walk_sq, e.unit_walk_sq))
+    above = _with_prior(e.path_sq / long_walk_sq, e.numel, 32.0)
+    # Short, and more so than the momentum can tell within its few steps.
     ratio = e.path_sq / e.walk_sq
     agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)
-    rest = 0.5 * (agreement**4).clamp(min=0.4)
+    rest = 0.4 * torch.maximum(agreement**4, 0.5 * (1.0 - agreement) ** 4)
     below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio).clamp(max=0.0)
     return torch.where(above > 1.25, 1.0 - 1.25 / above, below)
 

@@ -135,7 +135,9 @@ def names_of(amsgrad: bool) -> tuple[str, ...]:
 
 
 def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index: int) -> None:
-    """Check that the entries that are there can be stepped on; missing ones will be created. Changes nothing.
+    """Check that the entries that are there can be stepped on; what is missing will be created. Changes nothing.
+
+    A path of any shape passes: one that does not fit the parameter's shape or layout will be started anew.
 
     Raises:
         ValueError: an entry is not a floating-point tensor, or has another shape than it should have.
@@ -143,8 +145,7 @@ def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index
     for name in sorted(NAMES & state.keys()):
         value = state[name]
         expected = _SCALAR_SHAPE if name in SCALARS else param.shape
-        fits = isinstance(value, Tensor) and value.is_floating_point()
-        if fits and (value.shape == expected or (name == "path" and sample_of_path(param, value) is not None)):
+        if isinstance(value, Tensor) and value.is_floating_point() and (name == "path" or value.shape == expected):
             continue
         got = f"shape {tuple(value.shape)}, dtype {value.dtype}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(
@@ -171,7 +172,7 @@ def is_complete(state: Mapping[str, Any], param: Tensor, amsgrad: bool) -> bool:
         expected = torch.float32 if name in SCALARS else dtype
         if value is None or value.dtype != expected or value.device != device or _lies_otherwise(value, param):
             return False
-    return True
+    return sample_of_path(param, state["path"]) is not None
 
 
 def _lies_otherwise(value: Tensor, param: Tensor) -> bool:
@@ -190,9 +191,10 @@ def complete(
 
     Expects `check` to have passed.
     """
-    if "path" not in state or not all(name in state for name in WALK):
+    kept = all(name in state for name in ("path", *WALK)) and sample_of_path(param, state["path"]) is not None
+    if not kept:  # a path and what is expected of it start together
         for name in ("path", *WALK):
-            state.pop(name, None)  # a path and what is expected of it start together
+            state.pop(name, None)
     for name in names_of(options.amsgrad):
         dtype = torch.float32 if name in SCALARS else moment_dtype(param)
         value = state.get(name)

@@ -275,16 +275,19 @@ CLARA_HD double with_prior(double ratio, double numel, double neutral) {
 CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
 CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
 
+CLARA_HD double fourth_power(double x) { return x * x * x * x; }
+
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
 CLARA_HD double excess(const Evidence& e) {
-  // Long, also beside steps of a size that Adam remembers: gradients of that size may return at once.
-  const double above = with_prior(e.path_sq / larger(e.walk_sq, e.unit_walk_sq), e.numel, 32.0);
+  // Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
+  const double long_walk_sq = std::sqrt(e.walk_sq) * std::sqrt(larger(e.walk_sq, e.unit_walk_sq));
+  const double above = with_prior(e.path_sq / long_walk_sq, e.numel, 32.0);
   if (above > 1.25) return 1.0 - 1.25 / above;
-  // Short, and more so than steps that cancel as fast as the momentum can tell: those are of fast modes, which do not
-  // grow worse with time.
+  // Short, and more so than the momentum can tell within its few steps: what cancels that fast are fast modes, which do
+  // not grow worse with time; unless they leave nothing at all.
   const double ratio = e.path_sq / e.walk_sq;
   const double agreement = smaller(e.step_sq / e.step_walk_sq, 1.0);
-  const double rest = 0.5 * larger(agreement * agreement * agreement * agreement, 0.4);
+  const double rest = 0.4 * larger(fourth_power(agreement), 0.5 * fourth_power(1.0 - agreement));
   const double below = larger(1.0 - 0.5 / with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio);
   return below < 0.0 ? below : 0.0 * below;  // not a number stays none
 }

@@ -1,8 +1,8 @@
 """Lightning with AdamClara: a tiny GPT on Python's documentation strings, logged to TensorBoard with histograms.
 
-    pip install lightning tensorboard
-    python examples/lightning_trainer.py --steps 60
-    tensorboard --logdir runs/lightning
+pip install lightning tensorboard
+python examples/lightning_trainer.py --steps 60
+tensorboard --logdir runs/lightning
 """
 
 from __future__ import annotations

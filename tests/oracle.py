@@ -430,11 +430,13 @@ class Evidence:
 
 def excess(e: Evidence) -> float:
     """How much longer the path is than a random walk's; of floats."""
-    above = (e.numel * e.path_sq / max(e.walk_sq, e.unit_walk_sq) + 32) / (e.numel + 32)
+    long_walk = math.sqrt(e.walk_sq) * math.sqrt(max(e.walk_sq, e.unit_walk_sq))
+    above = (e.numel * e.path_sq / long_walk + 32) / (e.numel + 32)
     if above > 1.25:
         return 1 - 1.25 / above
     r = e.path_sq / e.walk_sq
-    rest = 0.5 * max(min(e.step_sq / e.step_walk_sq, 1.0) ** 4, 0.4)
+    agreement = min(e.step_sq / e.step_walk_sq, 1.0)
+    rest = 0.4 * max(agreement**4, (1 - agreement) ** 4 / 2)
     r_with_prior = (e.numel * r + 8) / (e.numel + 8)
     return min(0.0, max(1 - 0.5 / r_with_prior, 1 - rest / r))
 

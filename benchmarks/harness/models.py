@@ -59,9 +59,7 @@ def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) 
     return ((vocabulary, width), (context, width), *(block * layers), (width,), (width,))
 
 
-def llama(
-    layers: int, width: int, hidden: int, key_value_width: int, vocabulary: int, tied: bool
-) -> tuple[Shape, ...]:
+def llama(layers: int, width: int, hidden: int, key_value_width: int, vocabulary: int, tied: bool) -> tuple[Shape, ...]:
     """Llama 3: grouped-query attention, gated perceptron, RMS norms, no biases."""
     block: list[Shape] = [
         (width, width), (key_value_width, width), (key_value_width, width), (width, width),  # q, k, v, output

@@ -1,6 +1,6 @@
 """Lightning: log the learning rates in force and the scales to the Trainer's loggers.
 
-    Trainer(callbacks=[AdamClaraCallback()])
+Trainer(callbacks=[AdamClaraCallback()])
 """
 
 from __future__ import annotations

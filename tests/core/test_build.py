@@ -108,9 +108,7 @@ def test_without_a_build_tool_the_default_is_pure_python(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_without_nvcc_the_default_is_the_cpu(
-    load_setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_nvcc_the_default_is_the_cpu(load_setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "g++").symlink_to(str(shutil.which("g++")))
     monkeypatch.setenv("PATH", str(tmp_path))
     plan = load_setup().make_plan()

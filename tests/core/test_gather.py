@@ -19,6 +19,7 @@ from helpers import (
     LIVELY,
     SCALARS,
     VARIANTS,
+    WALK,
     StepCheck,
     core_available,
     parameters,
@@ -287,8 +288,11 @@ class Twins:
             assert_close(mine, other, f"parameter {index}")
             states = self.core.state.get(mine, {}), self.reference.state.get(other, {})
             assert set(states[0]) == set(states[1]), index
+            # In units of the squared path, which where steps cancel is off by the roundings of the much longer steps.
+            cancelled = max((float(states[1][name].abs()) for name in WALK if name in states[1]), default=0.0)
             for name in states[0]:
-                assert_close(states[0][name], states[1][name], f"{name} of parameter {index}")
+                extra = 4 * TOLERANCE[torch.float32] * cancelled**1.5 if name in WALK else 0.0
+                assert_close(states[0][name], states[1][name], f"{name} of parameter {index}", extra)
                 states[1][name].copy_(states[0][name])
             other.data.copy_(mine.data)
 
@@ -303,15 +307,14 @@ class Twins:
                     return
 
 
-def assert_close(mine: torch.Tensor, other: torch.Tensor, what: str) -> None:
+def assert_close(mine: torch.Tensor, other: torch.Tensor, what: str, extra: float = 0.0) -> None:
     assert mine.dtype == other.dtype and mine.shape == other.shape, what
     # Roundings are relative to the terms, not to what is left when they cancel.
     tolerance = TOLERANCE[mine.dtype]
     size = float(other.detach().abs().max()) if other.numel() else 0.0
     torch.testing.assert_close(
-        mine.detach(), other.detach(), rtol=0.0, atol=tolerance * max(size, 1.0), msg=lambda m: f"{what}: {m}"
+        mine.detach(), other.detach(), rtol=0.0, atol=tolerance * max(size, 1.0) + extra, msg=lambda m: f"{what}: {m}"
     )
-
 
 
 NOT_CHANGES = {

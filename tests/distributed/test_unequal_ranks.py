@@ -534,9 +534,7 @@ def overflow_on_one_rank(variant: str, use_group: bool, fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("use_group", [False, True], ids=["dtensor", "process_group"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_overflow_on_one_rank_skips_the_step_on_all(
-    world2: World, variant: str, use_group: bool, fused: bool
-) -> None:
+def test_overflow_on_one_rank_skips_the_step_on_all(world2: World, variant: str, use_group: bool, fused: bool) -> None:
     if fused and (reason := why_not_core("cpu", torch.float32)):
         pytest.skip(reason)
     world2.run(overflow_on_one_rank, variant, use_group, fused)

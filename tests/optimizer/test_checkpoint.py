@@ -213,9 +213,7 @@ def test_entries_of_the_users_in_the_state_of_a_parameter(variant: str, fused: b
         train(other, 1, first=2)
         return new
 
-    mine = reloaded(
-        VARIANTS[variant](parameters(), fused=fused), VARIANTS[variant](parameters(seed=1), fused=fused)
-    )
+    mine = reloaded(VARIANTS[variant](parameters(), fused=fused), VARIANTS[variant](parameters(seed=1), fused=fused))
     adam = reloaded(torch.optim.Adam(parameters()), torch.optim.Adam(parameters(seed=1)))
     for key in ("slow", "count", "note"):
         assert frozen(mine[key]) == frozen(adam[key]), key
@@ -636,6 +634,23 @@ def test_state_of_the_wrong_size_is_refused(key: str, variant: str, fused: bool)
     assert snapshot(target) == before
 
 
+def test_a_path_that_no_longer_fits_starts_anew(variant: str, fused: bool) -> None:
+    """As it does when it is loaded: after surgery on the parameter, or where its memory is laid out otherwise."""
+    params = parameters([(64, 1024), (3, 4)])
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    train(optimizer, 2)
+    scale = optimizer.lr_scales()[0].clone()
+    params[0].data = params[0].data.t().contiguous().t()  # whose outermost dimension is the second: no sample
+    optimizer.state[params[1]]["path"] = torch.ones(5)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    paths = [optimizer.state[param]["path"] for param in params]
+    assert [path.shape for path in paths] == [(64, 1024), (3, 4)]
+    torch.testing.assert_close(optimizer.lr_scales()[0], scale, rtol=0, atol=0)  # zero gradients teach nothing
+    assert all(float(optimizer.state[param]["step"]) == 3 for param in params)
+
+
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "path"])
 def test_state_that_the_user_breaks_is_refused(key: str, variant: str, fused: bool) -> None:
     """State may be replaced at any time, so a step must look."""
@@ -643,7 +658,8 @@ def test_state_that_the_user_breaks_is_refused(key: str, variant: str, fused: bo
     optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
     train(optimizer, 3)
     good = optimizer.state[params[1]][key]
-    for bad in (torch.zeros(3), good.to(torch.int64), good[:-1]):
+    sizes = (torch.zeros(3), good[:-1]) if key != "path" else ()
+    for bad in (good.to(torch.int64), *sizes):
         optimizer.state[params[1]][key] = bad
         set_gradients(params, 3)
         before = snapshot(optimizer)

@@ -102,9 +102,7 @@ def words_of_cpp(path: Path) -> set[str]:
 
 
 def files_with(name: str) -> set[str]:
-    found = {
-        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if name in words_of_python(path)
-    }
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if name in words_of_python(path)}
     if CSRC is not None:
         sources = [p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
         found |= {f"csrc/{path.relative_to(CSRC)}" for path in sources if name in words_of_cpp(path)}

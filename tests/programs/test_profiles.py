@@ -26,7 +26,6 @@ PROFILES = Path(__file__).parents[1] / "profiles"
 BENCHMARKS = Path(nsight_report.__file__).parent
 
 
-
 def test_nsys_summary_of_the_sample():
     profile = nsight_report.read_nsys(PROFILES / "nsys-sample")
     assert profile.steps == 2

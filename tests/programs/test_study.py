@@ -89,6 +89,7 @@ def test_only_missing_runs_are_made_and_a_cut_line_is_made_again(tmp_path: Path)
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """In processes of its own, as the program does."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # measured, they take ten times as long to start
     planned = [short_run(lr=lr, steps=3) for lr in (1e-3, 1e-2)]
     monkeypatch.setitem(plans.PLANS, "quick", lambda study: planned)
     program.main(["run", "quick", "--records", str(tmp_path), "--minutes", "0"])
