@@ -182,14 +182,11 @@ class TorchBucket:
         """Pieces as an array [number of pieces, elements] in the arithmetic dtype; of one piece a view, if possible."""
         if len(pieces) == 1:
             flat = pieces[0].resolve_neg().reshape(-1)
-            # Of one run alone the sample is a view, of several a copy.
-            copy = copy and (sample == WHOLE or flat.numel() == sample.run)
             flat = flat if sample == WHOLE else sample.view(flat).reshape(-1)
             array = flat.unsqueeze(0)
         else:
-            copy = False  # it is one
             array = torch.stack(pieces).view(len(pieces), pieces[0].numel())
-        return array.to(self._dtype, copy=copy)
+        return array.to(self._dtype, copy=copy and len(pieces) == 1)
 
     def _store(self, values: Tensor, pieces: list[Tensor], keep: Tensor | None) -> None:
         """Write an array back to its pieces, unless it is their memory; `keep`: leave them as they were where set."""
