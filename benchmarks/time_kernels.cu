@@ -128,7 +128,7 @@ void time_model(const char* name, const std::string& model, DType dtype, double 
     record.exp_avg = allocate(record.numel, DType::kFloat32);
     record.exp_avg_sq = allocate(record.numel, DType::kFloat32);
     record.path = allocate(clara::path_numel(record), DType::kFloat32);
-    float* scalars = static_cast<float*>(allocate(5, DType::kFloat32));
+    float* scalars = static_cast<float*>(allocate(2 + clara::kWalkScalars, DType::kFloat32));
     record.step = scalars;
     record.lr_scale = scalars + 1;
     for (int i = 0; i < clara::kWalkScalars; ++i) record.walk[i] = scalars + 2 + i;

@@ -16,6 +16,7 @@ from torch import Tensor
 from .options import GroupOptions
 
 _SUM_BLOCK = 1024
+_PEAK_MEMORY = 0.98  # of M that is left after a step of smaller gradients
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -65,6 +66,7 @@ class Walk(NamedTuple):
     moment_sq: Tensor  # V / N, V of m~^2, m~ = m/d
     path_moment: Tensor  # C / N, C of path m~
     path_sq: Tensor  # P / N, P of path^2
+    grad_peak: Tensor  # M / N, M the largest G of the last dozens of steps
 
 
 class Evidence(NamedTuple):
@@ -72,7 +74,7 @@ class Evidence(NamedTuple):
 
     path_sq: Tensor  # N
     walk_sq: Tensor  # P
-    unit_walk_sq: Tensor  # what P would be if all gradients were as long as Adam's memory of them
+    long_walk_sq: Tensor  # what P would be if all gradients were as long as Adam remembers them, and some still are
     step_sq: Tensor  # U
     step_walk_sq: Tensor  # what U is expected to be
     numel: Tensor  # n
@@ -82,13 +84,13 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
     """The walks after a step with these sums; as they were where a sum is not finite or nothing has moved.
 
     Args:
-        walks: float32 [n, 3], columns of `Walk`.
+        walks: float32 [n, 4], columns of `Walk`.
         sums: float64 [n, 6], columns of `PathSums`.
         steps: float64 [n], number of the step, from 1.
         moves: whether lr is not 0; a bool, or a bool tensor of one element.
 
     Returns:
-        float32 [n, 3].
+        float32 [n, 4].
     """
     old, new = Walk(*walks.to(sums.dtype).unbind(-1)), PathSums(*sums.unbind(-1))
     beta1, q = options.beta1, 1.0 - options.smoothing
@@ -102,12 +104,14 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
         beta1 * beta1 * old.moment_sq * before + (1.0 - beta1) ** 2 * new.grad_sq,
     )
     # Where nothing moves only m does.
-    idle = Walk(moment_sq, beta1 * old.path_moment * before, old.path_sq * before)
+    grad_peak = torch.maximum(_PEAK_MEMORY * old.grad_peak * before, new.grad_sq)
+    idle = Walk(moment_sq, beta1 * old.path_moment * before, old.path_sq * before, grad_peak)
     a = path_gain(options.smoothing) / bias1
     moved = Walk(
         moment_sq,
         q * idle.path_moment + a * moment_sq,
         q * q * idle.path_sq + 2.0 * q * a * idle.path_moment + a * a * moment_sq,
+        grad_peak,
     )
     advanced = _where(moves, torch.stack(moved, -1), torch.stack(idle, -1))
     advanced = (advanced / new.path_sq.unsqueeze(-1)).to(walks.dtype)
@@ -127,9 +131,10 @@ def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tenso
     """
     s, walk = PathSums(*sums.unbind(-1)), Walk(*walks.to(sums.dtype).unbind(-1))
     step_walk_sq = walk.moment_sq * s.path_sq / bias_correction(options.log_beta1, steps) ** 2
-    unit_walk_sq = unit_walk(options.beta1, options.smoothing) * s.weight
+    remembered = torch.minimum(s.weight, walk.grad_peak * s.path_sq)
+    long_walk_sq = unit_walk(options.beta1, options.smoothing) * remembered
     evidence = torch.stack(
-        Evidence(s.path_sq, walk.path_sq * s.path_sq, unit_walk_sq, s.step_sq, step_walk_sq, s.numel), -1
+        Evidence(s.path_sq, walk.path_sq * s.path_sq, long_walk_sq, s.step_sq, step_walk_sq, s.numel), -1
     )
     nothing = torch.zeros_like(evidence)
     return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
@@ -143,8 +148,7 @@ def _with_prior(ratio: Tensor, numel: Tensor, neutral: float) -> Tensor:
 def excess(e: Evidence) -> Tensor:
     """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess"."""
     # Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
-    long_walk_sq = torch.sqrt(e.walk_sq) * torch.sqrt(torch.maximum(e.walk_sq, e.unit_walk_sq))
-    above = _with_prior(e.path_sq / long_walk_sq, e.numel, 32.0)
+    above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.long_walk_sq), e.numel, 32.0)
     # Short, and more so than the momentum can tell within its few steps.
     ratio = e.path_sq / e.walk_sq
     agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)

@@ -23,7 +23,7 @@ from .tensors import describe, have_equal_layout, is_dense
 
 State = MutableMapping[str, Any]
 
-WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq")
+WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak")
 """In the order of `adaptation.Walk`."""
 SCALARS = ("step", "lr_scale", *WALK)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

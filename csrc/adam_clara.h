@@ -208,20 +208,22 @@ struct PathSums {
 constexpr int kPathSums = 6;
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
-// gradients that came, in whatever pattern they came. Kept in the state, 0-dim float32 each, in units of N: when the
+// gradients that came, in whatever pattern they came; and how long they were at most. Kept in the state, 0-dim float32 each, in units of N: when the
 // weights change, the walk changes with the path, and their ratio stays. Zeros before the first step.
 struct WalkState {
   float moment_sq;    // V / N; V: expected sum of m~^2, m~ = m/d
   float path_moment;  // C / N; C: expected sum of path m~
   float path_sq;      // P / N; P: expected sum of path^2
+  float grad_peak;    // M / N; M: the largest G of the last dozens of steps
 };
-constexpr int kWalkScalars = 3;
+constexpr int kWalkScalars = 4;
+constexpr double kPeakMemory = 0.98;  // of M that is left after a step of smaller gradients
 
 // What the excess is computed from.
 struct Evidence {
   double path_sq;       // N
   double walk_sq;       // P
-  double unit_walk_sq;  // what P would be if all gradients were as long as Adam's memory of them
+  double long_walk_sq;  // what P would be if all gradients were as long as Adam remembers them, and some still are
   double step_sq;       // U
   double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
   double numel;         // n
@@ -229,6 +231,8 @@ struct Evidence {
 constexpr int kEvidence = 6;
 
 CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
+CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
+CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
 
 // The walk after a step with these sums. `step` counts from 1. As it was where a sum is not finite or nothing has moved
 // yet.
@@ -248,9 +252,11 @@ CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, co
     path_sq = q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq;
     path_moment = q * path_moment + a * moment_sq;
   }
-  const WalkState next = {static_cast<float>(moment_sq / sums.path_sq), static_cast<float>(path_moment / sums.path_sq),
-                          static_cast<float>(path_sq / sums.path_sq)};
-  return is_finite(next.moment_sq + next.path_moment + next.path_sq) ? next : walk;
+  const double grad_peak = larger(kPeakMemory * walk.grad_peak * before, sums.grad_sq);
+  const auto in_units_of_path = [&](double value) { return static_cast<float>(value / sums.path_sq); };
+  const WalkState next = {in_units_of_path(moment_sq), in_units_of_path(path_moment), in_units_of_path(path_sq),
+                          in_units_of_path(grad_peak)};
+  return is_finite(next.moment_sq + next.path_moment + next.path_sq + next.grad_peak) ? next : walk;
 }
 
 // The expected path^2 of one element after many steps of unit white noise.
@@ -263,8 +269,10 @@ CLARA_HD double unit_walk(const GroupOptions& options) {
 CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const GroupOptions& options, double step) {
   if (learning_rate(options) == 0.0 || sums.grad_sq == 0.0) return {};
   const double bias1 = bias_correction<double>(options.log_beta1, step);
-  return {sums.path_sq, walk.path_sq * sums.path_sq, unit_walk(options) * sums.weight, sums.step_sq, walk.moment_sq * sums.path_sq / (bias1 * bias1),
-          sums.numel};
+  const double unit = sums.path_sq;  // of the walk's scalars
+  return {sums.path_sq, walk.path_sq * unit,
+          unit_walk(options) * smaller(sums.weight, walk.grad_peak * unit), sums.step_sq,
+          walk.moment_sq * unit / (bias1 * bias1), sums.numel};
 }
 
 // A ratio of sums over few elements says little: as if `neutral` more had shown the expected one.
@@ -272,16 +280,12 @@ CLARA_HD double with_prior(double ratio, double numel, double neutral) {
   return (numel * ratio + neutral) / (numel + neutral);
 }
 
-CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
-CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
-
 CLARA_HD double fourth_power(double x) { return x * x * x * x; }
 
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
 CLARA_HD double excess(const Evidence& e) {
   // Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
-  const double long_walk_sq = std::sqrt(e.walk_sq) * std::sqrt(larger(e.walk_sq, e.unit_walk_sq));
-  const double above = with_prior(e.path_sq / long_walk_sq, e.numel, 32.0);
+  const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), e.numel, 32.0);
   if (above > 1.25) return 1.0 - 1.25 / above;
   // Short, and more so than the momentum can tell within its few steps: what cancels that fast are fast modes, which do
   // not grow worse with time; unless they leave nothing at all.
@@ -297,7 +301,7 @@ CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path
 
 // The next mu. It stays where adaptation is off, where a sum is not finite, and where nothing has moved.
 CLARA_HD float adapted_scale(float scale, const Evidence& e, const GroupOptions& options) {
-  const bool known = is_finite(e.path_sq + e.walk_sq + e.unit_walk_sq + e.step_sq + e.step_walk_sq);
+  const bool known = is_finite(e.path_sq + e.walk_sq + e.long_walk_sq + e.step_sq + e.step_walk_sq);
   const double value = options.reference != 0.0 ? excess_over(options.reference, e) : excess(e);
   if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !known || !is_finite(value)) return scale;
   double factor = std::exp(options.smoothing / (2.0 * options.damping) * value);

@@ -38,6 +38,17 @@ struct TensorRecord {
 
 CLARA_HD int64_t path_numel(const TensorRecord& tensor) { return tensor.numel / tensor.run * tensor.kept; }
 
+CLARA_HD WalkState walk_of(const TensorRecord& tensor) {
+  return {*tensor.walk[0], *tensor.walk[1], *tensor.walk[2], *tensor.walk[3]};
+}
+
+CLARA_HD void set_walk(const TensorRecord& tensor, const WalkState& walk) {
+  *tensor.walk[0] = walk.moment_sq;
+  *tensor.walk[1] = walk.path_moment;
+  *tensor.walk[2] = walk.path_sq;
+  *tensor.walk[3] = walk.grad_peak;
+}
+
 // numel / (number of elements with a path).
 CLARA_HD double sample_weight(const TensorRecord& tensor) {
   return static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);

@@ -52,7 +52,7 @@ LIVELY: dict[str, dict[str, Any]] = {
 LIVELY["Smoothed"]["lr_smoothing"] = 0.6
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq")
+WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak")
 SCALARS = ("step", "lr_scale", *WALK)
 
 
@@ -242,8 +242,8 @@ def assert_follows_oracle(
                 assert_close(state[key], value, tolerance, f"{where}: {key}")
 
 
-def walk_values(walk: Walk) -> tuple[Any, Any, Any]:
-    return walk.moment_sq, walk.path_moment, walk.path_sq
+def walk_values(walk: Walk) -> tuple[Any, ...]:
+    return walk.moment_sq, walk.path_moment, walk.path_sq, walk.grad_peak
 
 
 @dataclass

@@ -166,6 +166,10 @@ def may_be_zero(x: Number) -> bool:
     return bool(np.all(x.lo <= 0)) if isinstance(x, Interval) else bool(np.all(np.asarray(x) == 0))
 
 
+def minimum(x: Number, y: Number) -> Number:
+    return x.at_most(y) if isinstance(x, Interval) else np.minimum(x, y)
+
+
 def maximum(x: Number, y: Number) -> Number:
     return x.at_least(y) if isinstance(x, Interval) else np.maximum(x, y)
 
@@ -366,11 +370,12 @@ def sums_of(
 @dataclass(frozen=True)
 class Walk:
     """What N is expected to be if every gradient is independent of those before it, in units of N: V = E sum(m/d)^2,
-    C = E sum(path m/d), P = E sum(path^2)."""
+    C = E sum(path m/d), P = E sum(path^2); and M, the largest sum(g/d)^2 of late."""
 
     moment_sq: Number = 0.0
     path_moment: Number = 0.0
     path_sq: Number = 0.0
+    grad_peak: Number = 0.0
 
     def advanced(self, options: Options, step: int, sums: Sums) -> Walk:
         if may_be_zero(sums.path_sq):
@@ -389,14 +394,15 @@ class Walk:
             C, P = C * (q * beta1) + V * a, P * q**2 + C * (2 * q * a * beta1) + V * a**2
         else:
             C = C * beta1
-        return Walk(V / sums.path_sq, C / sums.path_sq, P / sums.path_sq)
+        M = maximum(self.grad_peak * before * 0.98, sums.grad_sq)
+        return Walk(*(each / sums.path_sq for each in (V, C, P, M)))
 
 
 @dataclass(frozen=True)
 class Evidence:
     path_sq: Number = 0.0  # N
     walk_sq: Number = 0.0  # P
-    unit_walk_sq: Number = 0.0  # P of a walk whose gradients all have length 1
+    long_walk_sq: Number = 0.0  # P of a walk of gradients as long as remembered
     step_sq: Number = 0.0  # U
     step_walk_sq: Number = 0.0  # what U is expected to be
     numel: int = 0  # n
@@ -411,7 +417,8 @@ class Evidence:
         return cls(
             sums.path_sq,
             walk.path_sq * sums.path_sq,
-            sums.weight * ((1 - beta1) / (1 + beta1) * (1 + correlation) / (1 - correlation)),
+            minimum(sums.weight, walk.grad_peak * sums.path_sq)
+            * ((1 - beta1) / (1 + beta1) * (1 + correlation) / (1 - correlation)),
             sums.step_sq,
             walk.moment_sq * sums.path_sq / bias1**2,
             sums.numel,
@@ -430,8 +437,7 @@ class Evidence:
 
 def excess(e: Evidence) -> float:
     """How much longer the path is than a random walk's; of floats."""
-    long_walk = math.sqrt(e.walk_sq) * math.sqrt(max(e.walk_sq, e.unit_walk_sq))
-    above = (e.numel * e.path_sq / long_walk + 32) / (e.numel + 32)
+    above = (e.numel * e.path_sq / max(e.walk_sq, e.long_walk_sq) + 32) / (e.numel + 32)
     if above > 1.25:
         return 1 - 1.25 / above
     r = e.path_sq / e.walk_sq
@@ -544,7 +550,7 @@ class TensorState:
         before, self.path = self.path, round_to(kept, extended_path(options, self.path, u))
         sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d, self.theta.size)
         walk = self.walk.advanced(options, self.step, sums)
-        rounded = [float(np.float32(x)) for x in (walk.moment_sq, walk.path_moment, walk.path_sq)]
+        rounded = [float(np.float32(x)) for x in (walk.moment_sq, walk.path_moment, walk.path_sq, walk.grad_peak)]
         if all(map(math.isfinite, rounded)):
             self.walk = Walk(*rounded)
         return Evidence.of(options, self.step, sums, self.walk)

@@ -189,10 +189,8 @@ Evidence advance_one(const TensorList& list, int64_t tensor, const PathSums& sum
   const GroupOptions& options = list.groups[record.group];
   *record.step += 1.0f;
   const double step = *record.step;
-  const WalkState walk = advanced_walk({*record.walk[0], *record.walk[1], *record.walk[2]}, sums, options, step);
-  *record.walk[0] = walk.moment_sq;
-  *record.walk[1] = walk.path_moment;
-  *record.walk[2] = walk.path_sq;
+  const WalkState walk = advanced_walk(walk_of(record), sums, options, step);
+  set_walk(record, walk);
   return evidence_of(sums, walk, options, step);
 }
 
@@ -216,7 +214,7 @@ double order_free_sum(const std::vector<Evidence>& evidence, double Evidence::*m
 
 Evidence total(const std::vector<Evidence>& evidence) {
   return {order_free_sum(evidence, &Evidence::path_sq), order_free_sum(evidence, &Evidence::walk_sq),
-          order_free_sum(evidence, &Evidence::unit_walk_sq), order_free_sum(evidence, &Evidence::step_sq),
+          order_free_sum(evidence, &Evidence::long_walk_sq), order_free_sum(evidence, &Evidence::step_sq),
           order_free_sum(evidence, &Evidence::step_walk_sq),
           order_free_sum(evidence, &Evidence::numel)};
 }

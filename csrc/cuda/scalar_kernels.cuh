@@ -14,11 +14,8 @@ __device__ __forceinline__ Evidence advanced(const TensorRecord& record, const P
                                              const GroupOptions& options) {
   const float step = *record.step + 1.0f;
   *record.step = step;
-  const WalkState walk = advanced_walk({*record.walk[0], *record.walk[1], *record.walk[2]}, sums, options,
-                                       static_cast<double>(step));
-  *record.walk[0] = walk.moment_sq;
-  *record.walk[1] = walk.path_moment;
-  *record.walk[2] = walk.path_sq;
+  const WalkState walk = advanced_walk(walk_of(record), sums, options, static_cast<double>(step));
+  set_walk(record, walk);
   return evidence_of(sums, walk, options, static_cast<double>(step));
 }
 

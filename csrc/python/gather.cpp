@@ -41,7 +41,8 @@ struct Names {
   PyObject* exp_avg_sq = interned("exp_avg_sq");
   PyObject* max_exp_avg_sq = interned("max_exp_avg_sq");
   PyObject* path = interned("path");
-  PyObject* walk[kWalkScalars] = {interned("walk_moment_sq"), interned("walk_path_moment"), interned("walk_path_sq")};
+  PyObject* walk[kWalkScalars] = {interned("walk_moment_sq"), interned("walk_path_moment"), interned("walk_path_sq"),
+                                  interned("walk_grad_peak")};
 };
 
 const Names& names() {

@@ -132,7 +132,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) ->
 
 State = dict[Tensor, dict[str, Any]]
 ENTRIES = (
-    "step", "lr_scale", "walk_moment_sq", "walk_path_moment", "walk_path_sq", "exp_avg", "exp_avg_sq", "path",
+    "step", "lr_scale", "walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak", "exp_avg", "exp_avg_sq",
+    "path",
 )  # fmt: skip
 
 

@@ -169,15 +169,15 @@ struct Tensor {
   int group;
   Size size;
   Array param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, path, step, lr_scale;
-  std::vector<Array> walk = {3, Array(DType::kFloat32, 1, 0)};
+  std::vector<Array> walk = {clara::kWalkScalars, Array(DType::kFloat32, 1, 0)};
 
   std::vector<const Array*> state() const {
     return {&param, &exp_avg,  &exp_avg_sq, &max_exp_avg_sq, &path,
-            &step,  &lr_scale, &walk[0],    &walk[1],        &walk[2]};
+            &step,  &lr_scale, &walk[0],    &walk[1],        &walk[2], &walk[3]};
   }
   WalkState walk_state() const {
     return {static_cast<float>(walk[0].get(0)), static_cast<float>(walk[1].get(0)),
-            static_cast<float>(walk[2].get(0))};
+            static_cast<float>(walk[2].get(0)), static_cast<float>(walk[3].get(0))};
   }
 };
 
@@ -462,6 +462,7 @@ Evidence check_advanced(const GroupOptions& options, const Tensor& before, const
   require_close(got.moment_sq, want.moment_sq, 1e-6 * want.moment_sq, {index}, "walk_moment_sq");
   require_close(got.path_moment, want.path_moment, 1e-6 * want.path_moment, {index}, "walk_path_moment");
   require_close(got.path_sq, want.path_sq, 1e-6 * want.path_sq, {index}, "walk_path_sq");
+  require_close(got.grad_peak, want.grad_peak, 1e-6 * want.grad_peak, {index}, "walk_grad_peak");
   return clara::evidence_of(sums, got, options, after.step.get(0));
 }
 
