@@ -21,6 +21,7 @@ from .options import (
     OptionReader,
     SmoothedConstructor,
     check_switches,
+    coming_lr,
     drop_switches,
     largest_lr,
 )
@@ -88,15 +89,15 @@ class AdamClara(Constructor, Optimizer):
 
     # --- the step ---
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` with its hooks, as `torch.optim.Optimizer` wraps it; torch.compile goes round the whole of it."""
+        return torch._disable_dynamo(Optimizer.profile_hook_step(func))  # type: ignore[attr-defined]
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """`step` with its hooks, as `torch.optim.Optimizer` wraps it; torch.compile goes round the whole of it."""
-        return torch._disable_dynamo(Optimizer.profile_hook_step(func))  # type: ignore[attr-defined,no-any-return]
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients that are there.
@@ -248,8 +249,8 @@ class AdamClara(Constructor, Optimizer):
         if groups[0] not in self._initial_scales:
             sizes = [self._size(index) for index in groups]
             size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
-            lrs = [self._options.read(self.param_groups)[1][index] for index in groups]
-            lr = largest_lr(lrs, size.device)
+            _, lrs = self._options.read(self.param_groups)
+            lr = largest_lr([coming_lr(lrs[index], self.param_groups[index]) for index in groups], size.device)
             self._initial_scales[groups[0]] = state.cautious_scale(size, lr, own)
         return self._initial_scales[groups[0]]
 

@@ -370,6 +370,14 @@ def _read_lr(lr: Any, index: int) -> float | Tensor:
     return number
 
 
+def coming_lr(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
+    """A checked learning rate; where a warm-up starts at 0, the one it leads to, as torch's schedulers note it."""
+    if isinstance(lr, float) and lr == 0.0:
+        initial = group.get("initial_lr", 0.0)
+        return _read_lr(initial, 0)
+    return lr
+
+
 def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:
     """The largest of checked learning rates; a 0-dim float64 tensor on `device` where only devices know them."""
     numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]

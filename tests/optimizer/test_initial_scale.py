@@ -57,6 +57,19 @@ def test_what_says_nothing_leaves_the_rate_alone(lr: float, variant: str, fused:
     assert first_scales(variant, [nn.Parameter(torch.ones(3))], fused, 0.0) == [[1.0]]
 
 
+@pytest.mark.parametrize("start", [0.0, 0.1])
+def test_a_warm_up_from_zero_is_judged_by_where_it_leads(start: float, variant: str, fused: bool) -> None:
+    """Transformers' schedules take their first step at 0: a rate that is far too large came through unscaled."""
+    params = parameters([(30, 20)])
+    expected = 0.01 * root_mean_square(params) / (50.0 if start == 0.0 else 5.0)
+    optimizer = VARIANTS[variant](params, lr=50.0, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, start + step / 10))
+    set_gradients(params, 0)
+    optimizer.step()
+    schedule.step()
+    assert float(optimizer.lr_scales()[0][0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_adaptation_it_is_adam(variant: str, fused: bool) -> None:
     """Adam's rate is the user's."""
     (param,) = params = parameters([(40,)])
