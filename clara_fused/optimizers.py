@@ -158,7 +158,7 @@ class AdamClara(Constructor, Optimizer):
         if self.fused is False:
             return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
-        if irregular is not None and not irregular:
+        if irregular is not None and not irregular and self._hold_the_scale(buckets):
             return buckets
         works = self._prepare(inputs, irregular)
         if irregular is not None:  # what only lacked its state is regular now
@@ -236,6 +236,16 @@ class AdamClara(Constructor, Optimizer):
         if not self._scales:
             self._scales = state.shared_scales(self._param_states())
         return self._scales
+
+    def _hold_the_scale(self, buckets: Sequence[core_buckets.CoreBucket]) -> bool:
+        """Whether the states hold the known one scale; ZeroRedundancyOptimizer.load_state_dict puts others there.
+
+        All tensors that the core takes on a device hold the same, so one of them tells.
+        """
+        if not self.one_scale:
+            return True
+        held = [self.state[bucket.params[0]]["lr_scale"] for bucket in buckets]
+        return all(scale is self._shared_scales().get(scale.device) for scale in held)
 
     def _initial_scale(self, group_index: int, options: Sequence[GroupOptions]) -> float | Tensor:
         """mu of a parameter that was never stepped; found on the device, without waiting for it."""

@@ -160,6 +160,26 @@ def test_scale_survives_the_loss_of_its_holders(fused: bool) -> None:
     check.step()
 
 
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32] * 2, [torch.float32, torch.bfloat16]], ids=str)
+def test_a_scale_put_into_the_states_from_outside_is_followed(dtypes: list[torch.dtype], fused: bool) -> None:
+    """As ZeroRedundancyOptimizer.load_state_dict does it, and users who set the scale by hand."""
+    runs = []
+    for in_place in (True, False):
+        params = [parameters([(20,)], dtype)[0] for dtype in dtypes]
+        optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"], reference=0.3)
+        train(optimizer, 3)
+        scale = torch.tensor(2.0)
+        for entry in optimizer.state.values():
+            if in_place:
+                entry["lr_scale"].copy_(scale)
+            else:
+                entry["lr_scale"] = scale
+        train(optimizer, 4, first=3)
+        runs.append(snapshot(optimizer))
+        assert len({entry["lr_scale"].item() for entry in optimizer.state.values()} - {2.0}) == 1
+    assert runs[0] == runs[1]
+
+
 def test_one_tensor_alone_is_local(fused: bool) -> None:
     runs = []
     for variant in ("Global", "Local"):
