@@ -140,8 +140,7 @@ class AdamClara(Constructor, Optimizer):
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
         if not self._shards_are_checked:
-            for location, param in self._located(None):
-                sharding.check_shards(param, *location, self.process_group, self.one_scale)
+            sharding.check_shards(self.param_groups, self.process_group, self.one_scale)
             self._shards_are_checked = True
         options, lrs = self._options.read(self.param_groups)
         scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
