@@ -115,18 +115,18 @@ OPTION_VALUES: dict[str, list[Any]] = {
     "betas": [(0.5, 0.75), [0.5, 0.75], (torch.tensor(0.5), np.float64(0.75))],
     "eps": [0.5, torch.tensor(0.5)],
     "weight_decay": [0.5, np.float32(0.5)],
-    "amsgrad": [True],
-    "maximize": [True],
-    "decoupled_weight_decay": [True],
-    "initial_scale": ["cautious", 0.5, np.float64(0.5)],
+    "amsgrad": [True, np.bool_(True)],
+    "maximize": [True, torch.tensor(True)],
+    "decoupled_weight_decay": [True, np.array(True)],
+    "initial_scale": ["cautious", np.str_("cautious"), 0.5, np.float64(0.5)],
     "path_fraction": [0.5, 1],
     "smoothing": [0.5, torch.tensor(0.5)],
     "damping": [0.25, np.float64(0.25)],
     "clip": [None, (0.5, 1.5), [0.5, 1.5], (np.float64(0.5), 1.5)],
     "lr_smoothing": [0.25, np.float32(0.25)],
-    "reference": ["random_walk", 0.5, np.float64(0.5)],
+    "reference": ["random_walk", np.str_("random_walk"), 0.5, np.float64(0.5)],
     "scale_bounds": [(0.25, 4.0), [0.25, 4.0]],
-    "adapt_lr": [False],
+    "adapt_lr": [False, np.bool_(False), torch.tensor(False)],
 }
 
 
@@ -151,6 +151,8 @@ def test_every_option_can_be_saved(name: str, variant: str, fused: bool) -> None
         taken = optimizer.state_dict()
         assert frozen(through_file(taken)) == frozen(taken), value
         options = {k: v for k, v in taken["param_groups"][0].items() if k != "params"}
+        plain = (bool, int, float, str, tuple, type(None))
+        assert all(type(v) in plain for k, v in options.items() if k != "lr"), value
         assert as_json(options).keys() == {k for k, v in options.items() if not isinstance(v, torch.Tensor)}
         for state_options in (
             StateDictOptions(full_state_dict=True, cpu_offload=True),
