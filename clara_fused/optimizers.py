@@ -272,8 +272,9 @@ class AdamClara(Constructor, Optimizer):
         """The learning-rate scale mu of every parameter.
 
         Returns:
-            per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy. A
-            parameter that was never stepped has the scale that it would start with (1 where only other ranks know).
+            per param group a float32 tensor [number of parameters], in order, on the parameters' device (if they are
+            not all on "meta", another one); a copy. A parameter that was never stepped has the scale that it would
+            start with (1 where only other ranks know).
         """
         options, _ = self._options.read(self.param_groups)
         known = dict(self._initial_scales)
@@ -282,7 +283,8 @@ class AdamClara(Constructor, Optimizer):
         return scales
 
     def _group_scales(self, index: int, params: Sequence[Tensor], options: Sequence[GroupOptions]) -> Tensor:
-        device = params[0].device if params else torch.device("cpu")
+        devices = [param.device for param in params]
+        device = next((each for each in devices if each.type != "meta"), (*devices, torch.device("cpu"))[0])
         scales = []
         initial: float | Tensor | None = None
         for param in params:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import adaptation
-from ..state import SCALARS, size_of
+from ..state import SCALARS, counts, size_of
 from ..step import Bucket, Location, StepInputs, moved
 from ..tensors import check_placements
 from .absent import AbsentTensors, has_gradient
@@ -380,7 +380,7 @@ def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]])
     """`size_of` this rank's parts of those parameters that are trained, by group, float64 [groups, 2] on the CPU."""
     by_group: dict[tuple[int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        if param.requires_grad or param.grad is not None:
+        if counts(param):
             by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
     sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
     for (group_index, weight), parts in by_group.items():
