@@ -326,14 +326,19 @@ class Verbatim:
 
 
 def shield(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state dict with the optimizer's own state values wrapped in `Verbatim`."""
+    """Copy a state dict with the optimizer's own state values wrapped in `Verbatim`, and tensors of the user's copied."""
+    params = {key for group in state_dict["param_groups"] for key in group["params"]}
     shielded = {
-        key: {name: Verbatim(value) if name in NAMES else value for name, value in entry.items()}
+        key: {name: _shielded(value, key in params and name in NAMES) for name, value in entry.items()}
         if isinstance(entry, Mapping)
         else entry
         for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": shielded}
+
+
+def _shielded(value: Any, is_own: bool) -> Any:
+    return Verbatim(value) if is_own else value.clone() if isinstance(value, Tensor) else value
 
 
 # Entries of param groups that other optimizers write into checkpoints: torch's switches, apex's count of steps.
@@ -376,7 +381,6 @@ def adopt(
     """
     own = {name: value.value for name, value in entry.items() if isinstance(value, Verbatim)}
     others = {name: value for name, value in entry.items() if not isinstance(value, Verbatim)}
-    others = {name: value.clone() if isinstance(value, Tensor) else value for name, value in others.items()}
     if not own:
         return others
     if "step" not in own and group_step is not None:

@@ -221,6 +221,22 @@ def test_entries_of_the_users_in_the_state_of_a_parameter(variant: str, fused: b
         assert frozen(mine[key]) == frozen(adam[key]), key
 
 
+def test_entries_of_the_users_alone_are_copied(variant: str, fused: bool) -> None:
+    """Before the first step a parameter's state has nothing else; what is not a parameter's is wholly the user's."""
+    optimizer = VARIANTS[variant](parameters(), fused=fused)
+    resumed = fresh_copy(optimizer, variant, fused)
+    (param, *_), (other, *_) = all_params(optimizer), all_params(resumed)
+    optimizer.state[param]["slow"] = torch.ones(5, 3)
+    optimizer.state["lookahead"] = {"step": torch.ones(()), "k": 5}
+    resumed.load_state_dict(optimizer.state_dict())
+    for key, mine in ((param, resumed.state[other]), ("lookahead", resumed.state["lookahead"])):
+        assert frozen(mine) == frozen(optimizer.state[key])
+        for name, value in mine.items():
+            if isinstance(value, torch.Tensor):
+                assert value.data_ptr() != optimizer.state[key][name].data_ptr(), name
+    train(resumed, 1)
+
+
 def test_entries_of_the_users_in_a_group(variant: str, fused: bool) -> None:
     """`step` and `bias_correction` of a user's own are none of ours: only an apex checkpoint's are dropped."""
     optimizer = VARIANTS[variant](parameters(), fused=fused, **LIVELY[variant])
