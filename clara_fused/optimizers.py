@@ -191,6 +191,8 @@ class AdamClara(Constructor, Optimizer):
             if self.fused:
                 loading.require(param, grad, *location)
             works[location] = TensorWork(location, param, grad, entry)
+        if self.one_scale:
+            _refuse_duplicates(works.values())
         for location in to_complete:
             works[location] = works[location]._replace(state=self._create_state(location))
         if self.one_scale:
@@ -412,6 +414,19 @@ _NO_STATE_IN_A_GRAPH = (
 )
 
 _IRREGULAR = "the compiled core does not serve parameters that share memory; use fused=None or fused=False"
+
+
+def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
+    """Check that no parameter has been put into a group again, after the group was made.
+
+    Adam steps it twice in a row; one scale follows all tensors at once. The core hands such parameters over to PyTorch,
+    so that its own steps need not look for them.
+    """
+    first: dict[int, Location] = {}
+    for location, param, *_ in works:
+        if first.setdefault(id(param), location) != location:
+            where = "param group {}, parameter {}".format(*first[id(param)])
+            raise ValueError(f"{tensors.describe(*location, param)} is {where} as well; AdamClaraGlobal takes it once")
 
 
 def _has_scale(entry: object) -> bool:
