@@ -88,15 +88,15 @@ class AdamClara(Constructor, Optimizer):
 
     # --- the step ---
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` with its hooks, as `torch.optim.Optimizer` wraps it; torch.compile goes round the whole of it."""
+        return torch._disable_dynamo(Optimizer.profile_hook_step(func))  # type: ignore[attr-defined]
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """`step` with its hooks, as `torch.optim.Optimizer` wraps it; torch.compile goes round the whole of it."""
-        return torch._disable_dynamo(Optimizer.profile_hook_step(func))  # type: ignore[attr-defined,no-any-return]
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients that are there.

@@ -326,7 +326,7 @@ class Verbatim:
 
 
 def shield(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state dict with the optimizer's own state values wrapped in `Verbatim`, and tensors of the user's copied."""
+    """Copy a state dict, the optimizer's own state values wrapped in `Verbatim`, and the user's tensors copied."""
     params = {key for group in state_dict["param_groups"] for key in group["params"]}
     shielded = {
         key: {name: _shielded(value, key in params and name in NAMES) for name, value in entry.items()}
