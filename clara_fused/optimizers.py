@@ -141,8 +141,7 @@ class AdamClara(Constructor, Optimizer):
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
         if not self._shards_are_checked:
-            for location, param in self._located(None):
-                sharding.check_shards(param, *location, self.process_group, self.one_scale)
+            sharding.check_shards(self.param_groups, self.process_group, self.one_scale)
             self._shards_are_checked = True
         options, lrs = self._options.read(self.param_groups)
         scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -159,7 +158,7 @@ class AdamClara(Constructor, Optimizer):
         if self.fused is False:
             return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
-        if irregular is not None and not irregular:
+        if irregular is not None and not irregular and self._hold_the_scale(buckets):
             return buckets
         works = self._prepare(inputs, irregular)
         if irregular is not None:  # what only lacked its state is regular now
@@ -193,6 +192,8 @@ class AdamClara(Constructor, Optimizer):
             if self.fused:
                 loading.require(param, grad, *location)
             works[location] = TensorWork(location, param, grad, entry)
+        if self.one_scale:
+            _refuse_duplicates(works.values())
         for location in to_complete:
             works[location] = works[location]._replace(state=self._create_state(location))
         if self.one_scale:
@@ -238,6 +239,16 @@ class AdamClara(Constructor, Optimizer):
             self._scales = state.shared_scales(self._param_states())
         return self._scales
 
+    def _hold_the_scale(self, buckets: Sequence[core_buckets.CoreBucket]) -> bool:
+        """Whether the states hold the known one scale; ZeroRedundancyOptimizer.load_state_dict puts others there.
+
+        All tensors that the core takes on a device hold the same, so one of them tells.
+        """
+        if not self.one_scale:
+            return True
+        held = [self.state[bucket.params[0]]["lr_scale"] for bucket in buckets]
+        return all(scale is self._shared_scales().get(scale.device) for scale in held)
+
     def _initial_scale(self, group_index: int, options: Sequence[GroupOptions]) -> float | Tensor:
         """mu of a parameter that was never stepped; found on the device, without waiting for it."""
         if self.one_scale and (shared := self._shared_scales()):
@@ -264,8 +275,9 @@ class AdamClara(Constructor, Optimizer):
         """The learning-rate scale mu of every parameter.
 
         Returns:
-            per param group a float32 tensor [number of parameters], in order, on the parameters' device; a copy. A
-            parameter that was never stepped has the scale that it would start with (1 where only other ranks know).
+            per param group a float32 tensor [number of parameters], in order, on the parameters' device (if they are
+            not all on "meta", another one); a copy. A parameter that was never stepped has the scale that it would
+            start with (1 where only other ranks know).
         """
         options, _ = self._options.read(self.param_groups)
         known = dict(self._initial_scales)
@@ -274,7 +286,8 @@ class AdamClara(Constructor, Optimizer):
         return scales
 
     def _group_scales(self, index: int, params: Sequence[Tensor], options: Sequence[GroupOptions]) -> Tensor:
-        device = params[0].device if params else torch.device("cpu")
+        devices = [param.device for param in params]
+        device = next((each for each in devices if each.type != "meta"), (*devices, torch.device("cpu"))[0])
         scales = []
         initial: float | Tensor | None = None
         for param in params:
@@ -402,6 +415,19 @@ _NO_STATE_IN_A_GRAPH = (
 )
 
 _IRREGULAR = "the compiled core does not serve parameters that share memory; use fused=None or fused=False"
+
+
+def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
+    """Check that no parameter has been put into a group again, after the group was made.
+
+    Adam steps it twice in a row; one scale follows all tensors at once. The core hands such parameters over to PyTorch,
+    so that its own steps need not look for them.
+    """
+    first: dict[int, Location] = {}
+    for location, param, *_ in works:
+        if first.setdefault(id(param), location) != location:
+            where = "param group {}, parameter {}".format(*first[id(param)])
+            raise ValueError(f"{tensors.describe(*location, param)} is {where} as well; AdamClaraGlobal takes it once")
 
 
 def _has_scale(entry: object) -> bool:

@@ -272,8 +272,10 @@ def _frozen(value: Any) -> Any:
     """A value that cannot change in place and compares by value. A list stays unequal to it, so it is always reread."""
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(each) for each in value)
-    if value is None or isinstance(value, (str, bool)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):  # or numpy's
+        return str.__str__(value)
     number = as_number(value)
     return value if number is None else number
 
@@ -340,7 +342,9 @@ class OptionReader:
     def normalize(self, group: dict[str, Any]) -> None:
         """Make plain Python values of options that checkpoints and JSON would refuse; a tensor `lr` stays."""
         for name in self.names:
-            if not (name == "lr" and isinstance(group[name], Tensor)):
+            if OPTIONS[name].read is _flag:
+                group[name] = bool(group[name])
+            elif not (name == "lr" and isinstance(group[name], Tensor)):
                 group[name] = _frozen(group[name])
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 from .adaptation import fixed_order_sum, scalar_dtype
 from .distributed import dtensors
@@ -236,16 +237,20 @@ def _local_shape(sample: Sample, param: Tensor, part: Tensor) -> torch.Size:
 def size_of(parts: Sequence[Tensor]) -> Tensor:
     """How large tensors are: float64 [2], sum of squares and number of elements.
 
-    On the device of the first of them; deterministic, whatever their order. Nothing is read by the host.
+    On the device of the first of them (not meta if there are others); deterministic, whatever their order. Nothing is
+    read by the host.
     """
     parts = [part for part in parts if part.is_floating_point() and part.layout is torch.strided]
+    parts = [part for part in parts if not part.is_meta] or parts
     device = parts[0].device if parts else torch.device("cpu")
     squares, numel = [torch.zeros((), dtype=scalar_dtype(device), device=device)], 0
     for part in parts:
         try:
             squares.append(moved(_sum_of_squares(part), device))
-        except NotImplementedError:  # a subclass that only its own kernels can read
-            continue
+        except (RuntimeError, TypeError, AttributeError):
+            if type(part) in (Tensor, Parameter):
+                raise
+            continue  # a subclass that only its own kernels can read
         numel += part.numel()
     total = fixed_order_sum(torch.sort(torch.stack(squares)).values)
     return torch.stack([total, torch.full_like(total, numel)])
@@ -253,8 +258,12 @@ def size_of(parts: Sequence[Tensor]) -> Tensor:
 
 def size_of_group(params: Sequence[Tensor]) -> Tensor:
     """`size_of` the parameters that are trained, for one rank alone."""
-    trained = [param for param in params if param.requires_grad or param.grad is not None]
-    return size_of([dtensors.local(param.detach()) for param in trained])
+    return size_of([dtensors.local(param.detach()) for param in params if counts(param)])
+
+
+def counts(param: Tensor) -> bool:
+    """Whether a parameter is trained, so that its size matters; a lazy one has none before its module has run."""
+    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
@@ -317,14 +326,19 @@ class Verbatim:
 
 
 def shield(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state dict with the optimizer's own state values wrapped in `Verbatim`."""
+    """Copy a state dict, the optimizer's own state values wrapped in `Verbatim`, and the user's tensors copied."""
+    params = {key for group in state_dict["param_groups"] for key in group["params"]}
     shielded = {
-        key: {name: Verbatim(value) if name in NAMES else value for name, value in entry.items()}
+        key: {name: _shielded(value, key in params and name in NAMES) for name, value in entry.items()}
         if isinstance(entry, Mapping)
         else entry
         for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": shielded}
+
+
+def _shielded(value: Any, is_own: bool) -> Any:
+    return Verbatim(value) if is_own else value.clone() if isinstance(value, Tensor) else value
 
 
 # Entries of param groups that other optimizers write into checkpoints: torch's switches, apex's count of steps.
@@ -367,7 +381,6 @@ def adopt(
     """
     own = {name: value.value for name, value in entry.items() if isinstance(value, Verbatim)}
     others = {name: value for name, value in entry.items() if not isinstance(value, Verbatim)}
-    others = {name: value.clone() if isinstance(value, Tensor) else value for name, value in others.items()}
     if not own:
         return others
     if "step" not in own and group_step is not None:

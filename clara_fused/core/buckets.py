@@ -106,6 +106,11 @@ class CoreBucket:
         """See `step.Bucket`."""
         return [Location(*location) for location in self._bucket.locations]
 
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The parameters as the user has them, in the order of `locations`."""
+        return self._bucket.params
+
     def _launch(self) -> tuple[int, int]:
         """Number of threads, and CUDA stream, that the next operation is to use."""
         if self._table is None:

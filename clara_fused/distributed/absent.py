@@ -20,7 +20,7 @@ _NUMEL = adaptation.PathSums._fields.index("numel")
 
 
 def has_gradient(sums: Tensor) -> Tensor:
-    """Whether some rank has a gradient (with an element) of a tensor with these sums over all ranks, [..., 5]."""
+    """Whether some rank has a gradient (with an element) of a tensor with these sums over all ranks, [..., 6]."""
     return sums[..., _NUMEL] > 0.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -85,6 +85,11 @@ def signature_of(param_groups: ParamGroups) -> list[object]:
 def is_fsdp1_shard(param: Tensor) -> bool:
     """Whether FSDP1 has marked this as its own: a shard (maybe empty), of which all ranks of its group have one."""
     return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def holds_fsdp1_shards(params: Iterable[Tensor]) -> bool:
+    """Whether FSDP1 shards some of these parameters. Plain ones beside them it was told to ignore: they are whole."""
+    return any(map(is_fsdp1_shard, params))
 
 
 def ranks_of(group: ProcessGroup) -> tuple[int, ...]:

@@ -7,7 +7,9 @@ same: the walk, the evidence and the scale of a tensor are the whole tensor's on
 Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums
 tensor by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of
 them. Their walks are those of what is here; a walk is linear in the sums, so the total is exact all the same. (FSDP1
-tells its shards by a mark, and wants 0-dim state to be equal on all ranks: they are summed tensor by tensor.)
+tells its shards by a mark, and wants 0-dim state to be equal on all ranks: they are summed tensor by tensor. Plain
+parameters beside them, its `ignored_modules`, are whole on every rank: each rank has sums of its own, and of the total
+they are counted once.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import adaptation
-from ..state import SCALARS, size_of
+from ..state import SCALARS, counts, size_of
 from ..step import Bucket, Location, StepInputs, moved
 from ..tensors import check_placements
 from .absent import AbsentTensors, has_gradient
@@ -42,6 +44,7 @@ from .placement import (
     ParamGroups,
     ProcessGroupReference,
     check_process_group,
+    holds_fsdp1_shards,
     located,
     needs_sums,
     signature_of,
@@ -136,6 +139,9 @@ class RankSums:
             self._params, self._process_group, inputs.one_scale, self._lines
         )
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
+        # Of a parameter outside of all collectives in the total: without FSDP1's shards each rank has others.
+        copies = len(self._total.ranks) if self._total and holds_fsdp1_shards(self._params.values()) else 1
+        self._share_alone = 1.0 / copies
         self._shares: tuple[list[Location], Tensor] | None = None
         self._sizes = self._whole_sizes(len(inputs.options))
 
@@ -169,7 +175,7 @@ class RankSums:
                 del alone[member.location]
             weighted = [(m.location, m.param, collective.weight(m)) for m in collective.members]
             sizes += collective.sum_of(_sizes_here(groups, weighted))
-        rest = _sizes_here(groups, [(location, param, 1.0) for location, param in alone.items()])
+        rest = _sizes_here(groups, [(location, param, self._share_alone) for location, param in alone.items()])
         return sizes + (rest if self._total is None else self._total.sum_of(rest))
 
     def learn_missing_state(self) -> None:
@@ -331,7 +337,9 @@ class RankSums:
         if self._shares is None or self._shares[0] != locations:
             ranks = set(self._total.ranks)
             collectives = [self._collective_of.get(location) for location in locations]
-            shares = [[1.0 if each is None else 1.0 / len(ranks & set(each.ranks))] for each in collectives]
+            shares = [
+                [self._share_alone if each is None else 1.0 / len(ranks & set(each.ranks))] for each in collectives
+            ]
             self._shares = locations, on_device(shares, torch.float64, self._all_collectives[0].device)
         return self._shares[1]
 
@@ -372,7 +380,7 @@ def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]])
     """`size_of` this rank's parts of those parameters that are trained, by group, float64 [groups, 2] on the CPU."""
     by_group: dict[tuple[int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        if param.requires_grad or param.grad is not None:
+        if counts(param):
             by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
     sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
     for (group_index, weight), parts in by_group.items():

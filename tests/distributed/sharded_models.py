@@ -163,6 +163,14 @@ def fsdp1(model: Model, make: MakeOptimizer) -> Sharded:
     return Sharded(wrapped, optimizer, dist.get_rank(), dist.get_world_size())
 
 
+def fsdp1_ignoring(model: Model, make: MakeOptimizer) -> Sharded:
+    """A part of the model stays whole on every rank; FSDP1 does not reduce its gradients, so all see the same data."""
+    wrapped = FullyShardedDataParallel(
+        model, ignored_modules=[model.down], use_orig_params=True, device_id=torch.device("cpu")
+    )
+    return Sharded(wrapped, make(wrapped.parameters(), process_group=dist.group.WORLD), 0, 1)
+
+
 def zero1(model: Model, make: MakeOptimizer) -> Sharded:
     """Whole parameters, each on one rank: only AdamClaraGlobal has something to sum."""
     if make.func is clara_fused.AdamClaraGlobal:  # type: ignore[attr-defined]
@@ -194,6 +202,7 @@ MORE_LAYOUTS: dict[str, tuple[int, Callable[[Model, MakeOptimizer], Sharded]]] =
     "fsdp2-flattened-2x2": (4, fsdp2_flattened),
     "fsdp2-columns-2": (2, fsdp2_columns),
     "fsdp1-in-halves": (4, fsdp1_in_halves),
+    "fsdp1-ignoring": (2, fsdp1_ignoring),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,12 @@ EXPECTED: dict[str, tuple[Sums, Sums, bool]] = {
     "zero1-2": ([], [], True),
     "ddp-2": ([], [], False),
 }
+
+
+def test_the_page_says_how_much_is_sent() -> None:
+    page = " ".join((Path(__file__).resolve().parents[2] / "docs/distributed.md").read_text(encoding="utf-8").split())
+    assert f"{CHECKSUM_BYTES} bytes for a checksum of the hyperparameters, plus {ROW_BYTES} bytes per tensor" in page
+    assert f"AdamClaraGlobal sends {CHECKSUM_BYTES + TOTAL_BYTES} bytes more" in page
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

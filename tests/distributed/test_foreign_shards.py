@@ -65,15 +65,15 @@ def test_fsdp1_on_one_rank_needs_no_group(world1: World) -> None:
     assert len(world1.run(fsdp1_on_one_rank)[0]) == 9
 
 
-def step_of_a_flat_vector(variant: str, with_group: bool) -> str:
-    """As DeepSpeed does it after the optimizer was made; the module stands for its import."""
+def step_under_deepspeed(variant: str, with_group: bool, params: list[torch.Tensor]) -> str:
+    """DeepSpeed replaces the parameters after the optimizer was made; the module stands for its import."""
     model = make_model()
     optimizer: Any = VARIANTS[variant](
         model.parameters(), **LIVELY, process_group=dist.group.WORLD if with_group else None
     )
-    vector = torch.ones(8, requires_grad=True)
-    optimizer.param_groups[0]["params"] = [vector]
-    vector.grad = torch.ones(8)
+    optimizer.param_groups[0]["params"] = params
+    for param in params:
+        param.grad = torch.ones_like(param)
     sys.modules["deepspeed"] = ModuleType("deepspeed")
     try:
         optimizer.step()
@@ -82,6 +82,20 @@ def step_of_a_flat_vector(variant: str, with_group: bool) -> str:
     finally:
         del sys.modules["deepspeed"]
     return ""
+
+
+def step_of_a_flat_vector(variant: str, with_group: bool) -> str:
+    return step_under_deepspeed(variant, with_group, [torch.ones(8, requires_grad=True)])
+
+
+def step_of_whole_copies(variant: str) -> str:
+    """Without ZeRO: a clone for each parameter, of which biases are vectors."""
+    return step_under_deepspeed(variant, False, [torch.ones(shape, requires_grad=True) for shape in ((3, 4), (3,))])
+
+
+@pytest.mark.parametrize("variant", ["Local", "Global"])
+def test_whole_copies_are_no_partitions(world2: World, variant: str) -> None:
+    assert world2.run(step_of_whole_copies, variant) == ["", ""]
 
 
 def test_flat_partitions_are_noticed(world2: World) -> None:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from clara_fused.state import SCALARS, WALK
@@ -274,6 +275,36 @@ def zero1_state_dict() -> None:
 
 def test_zero1_state_dict(world2: World) -> None:
     world2.run(zero1_state_dict)
+
+
+def zero1_that_loads_its_own_state(fused: bool | None) -> list[list[float]]:
+    """One rank has a single parameter, the other three; ZeRO replaces the states that the optimizer knows."""
+    make = functools.partial(VARIANTS["Global"], **LIVELY, fused=fused, process_group=dist.group.WORLD)
+    runs = []
+    for loads in (False, True):
+        params = [torch.nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in (40, 10, 10, 10)]
+        optimizer = ZeroRedundancyOptimizer(params, optimizer_class=make)
+        assert len(optimizer.optim.param_groups[0]["params"]) in (1, 3)
+        for step in range(8):
+            if loads and step == 4:
+                optimizer.consolidate_state_dict(0)
+                states: list[Any] = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+                dist.broadcast_object_list(states)
+                optimizer.load_state_dict(copy.deepcopy(states[0]))
+            generator = torch.Generator().manual_seed(step)
+            for param in params:
+                param.grad = torch.randn(len(param), generator=generator, dtype=torch.float64) + 1.0
+            optimizer.step()
+        scales = {entry["lr_scale"].item() for entry in optimizer.optim.state.values()}
+        assert len(scales) == 1
+        runs.append([scales.pop(), *(param.sum().item() for param in params)])
+    return runs
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_zero1_that_loads_its_own_state_goes_on_bit_for_bit(world2: World, fused: bool | None) -> None:
+    runs = [run for on_rank in world2.run(zero1_that_loads_its_own_state, fused) for run in on_rank]
+    assert runs == [runs[0]] * 4
 
 
 # --- checkpoints of other optimizers ---------------------------------------------------------------------------------

@@ -76,12 +76,14 @@ def test_sharded_run_is_the_single_process_run(worlds, layout: str, variant: str
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", ["fsdp2-4", "hsdp-2x2", "tp-2", "fsdp2-tp-2x2", "fsdp1-4", "zero1-2"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp2-4", "hsdp-2x2", "tp-2", "fsdp2-tp-2x2", "fsdp1-4", "fsdp1-ignoring", "zero1-2"]
+)
 def test_cautious_initial_scale_of_shards_is_that_of_the_whole(worlds, layout: str, variant: str) -> None:
     """A rate so large that the first scales are small, by sums over all elements of the whole parameters."""
     if layout == "zero1-2" and variant != "Global":
         pytest.skip("each rank has whole parameters of its own, and nothing is sent: its scales start from those")
-    run(worlds[LAYOUTS[layout][0]], layout, variant, initial_scale="cautious", lr=0.3)
+    run(worlds[(LAYOUTS | MORE_LAYOUTS)[layout][0]], layout, variant, initial_scale="cautious", lr=0.3)
 
 
 @pytest.mark.parametrize("variant", ["Global", "Smoothed"])

@@ -74,6 +74,32 @@ def test_rank_without_parameters_takes_part(world2: World) -> None:
     assert first == second != [1.0, 1.0, 1.0]
 
 
+def copies_beside_an_expert(variant: str, own_group: bool, options: dict[str, Any]) -> list[float]:
+    """A model under DDP, and a parameter that only rank 1 has; what DDP keeps equal, in the end."""
+    model = make_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    expert = [nn.Parameter(torch.full((50,), 9.0, dtype=torch.float64))] if dist.get_rank() == 1 else []
+    shared = list(wrapped.parameters())
+    groups = [{"params": shared}, {"params": expert}] if own_group else [{"params": [*shared, *expert]}]
+    optimizer = VARIANTS[variant](groups, **{**MOVING, "lr": 0.3, "initial_scale": "cautious", **options})
+    sharded = Sharded(wrapped, optimizer, dist.get_rank(), dist.get_world_size())
+    for step in range(5):
+        for param in expert:
+            param.grad = torch.randn(50, generator=torch.Generator().manual_seed(step), dtype=torch.float64) + 1.0
+        sharded.step(step)
+    return nn.utils.parameters_to_vector(shared).tolist()
+
+
+@pytest.mark.parametrize("variant", ["Local", "Smoothed"])
+def test_ddp_beside_parameters_of_one_rank(world2: World, variant: str) -> None:
+    """docs/distributed.md: a group of their own, or a number as the initial scale; the copies drift apart without."""
+    for advice in ((True, {}), (False, {"initial_scale": 0.1})):
+        first, second = world2.run(copies_beside_an_expert, variant, *advice)
+        assert first == second, advice
+    first, second = world2.run(copies_beside_an_expert, variant, False, {})
+    assert first != second
+
+
 def scale_of_a_rank_without_state() -> list[list[float]]:
     """FSDP1 with shards so small that rank 1 has nothing: what it knows of the one scale is lost with a checkpoint."""
     param = nn.Parameter(torch.ones(3 if dist.get_rank() == 0 else 0, dtype=torch.float64))

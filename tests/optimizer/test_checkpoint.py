@@ -115,18 +115,18 @@ OPTION_VALUES: dict[str, list[Any]] = {
     "betas": [(0.5, 0.75), [0.5, 0.75], (torch.tensor(0.5), np.float64(0.75))],
     "eps": [0.5, torch.tensor(0.5)],
     "weight_decay": [0.5, np.float32(0.5)],
-    "amsgrad": [True],
-    "maximize": [True],
-    "decoupled_weight_decay": [True],
-    "initial_scale": ["cautious", 0.5, np.float64(0.5)],
+    "amsgrad": [True, np.bool_(True)],
+    "maximize": [True, torch.tensor(True)],
+    "decoupled_weight_decay": [True, np.array(True)],
+    "initial_scale": ["cautious", np.str_("cautious"), 0.5, np.float64(0.5)],
     "path_fraction": [0.5, 1],
     "smoothing": [0.5, torch.tensor(0.5)],
     "damping": [0.25, np.float64(0.25)],
     "clip": [None, (0.5, 1.5), [0.5, 1.5], (np.float64(0.5), 1.5)],
     "lr_smoothing": [0.25, np.float32(0.25)],
-    "reference": ["random_walk", 0.5, np.float64(0.5)],
+    "reference": ["random_walk", np.str_("random_walk"), 0.5, np.float64(0.5)],
     "scale_bounds": [(0.25, 4.0), [0.25, 4.0]],
-    "adapt_lr": [False],
+    "adapt_lr": [False, np.bool_(False), torch.tensor(False)],
 }
 
 
@@ -151,6 +151,8 @@ def test_every_option_can_be_saved(name: str, variant: str, fused: bool) -> None
         taken = optimizer.state_dict()
         assert frozen(through_file(taken)) == frozen(taken), value
         options = {k: v for k, v in taken["param_groups"][0].items() if k != "params"}
+        plain = (bool, int, float, str, tuple, type(None))
+        assert all(type(v) in plain for k, v in options.items() if k != "lr"), value
         assert as_json(options).keys() == {k for k, v in options.items() if not isinstance(v, torch.Tensor)}
         for state_options in (
             StateDictOptions(full_state_dict=True, cpu_offload=True),
@@ -217,6 +219,22 @@ def test_entries_of_the_users_in_the_state_of_a_parameter(variant: str, fused: b
     adam = reloaded(torch.optim.Adam(parameters()), torch.optim.Adam(parameters(seed=1)))
     for key in ("slow", "count", "note"):
         assert frozen(mine[key]) == frozen(adam[key]), key
+
+
+def test_entries_of_the_users_alone_are_copied(variant: str, fused: bool) -> None:
+    """Before the first step a parameter's state has nothing else; what is not a parameter's is wholly the user's."""
+    optimizer = VARIANTS[variant](parameters(), fused=fused)
+    resumed = fresh_copy(optimizer, variant, fused)
+    (param, *_), (other, *_) = all_params(optimizer), all_params(resumed)
+    optimizer.state[param]["slow"] = torch.ones(5, 3)
+    optimizer.state["lookahead"] = {"step": torch.ones(()), "k": 5}
+    resumed.load_state_dict(optimizer.state_dict())
+    for key, mine in ((param, resumed.state[other]), ("lookahead", resumed.state["lookahead"])):
+        assert frozen(mine) == frozen(optimizer.state[key])
+        for name, value in mine.items():
+            if isinstance(value, torch.Tensor):
+                assert value.data_ptr() != optimizer.state[key][name].data_ptr(), name
+    train(resumed, 1)
 
 
 def test_entries_of_the_users_in_a_group(variant: str, fused: bool) -> None:

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GLOBAL_OPTIONS, LIVELY, VARIANTS, StepCheck, clones, parameters, set_gradients, snapshot, train
+from helpers import (
+    GLOBAL_OPTIONS,
+    LIVELY,
+    VARIANTS,
+    StepCheck,
+    clones,
+    parameters,
+    set_gradients,
+    snapshot,
+    train,
+    unforced,
+)
 
 from clara_fused.options import OPTIONS
 
@@ -158,6 +169,42 @@ def test_scale_survives_the_loss_of_its_holders(fused: bool) -> None:
     check = StepCheck("Global", optimizer)
     set_gradients(new, 0)
     check.step()
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32] * 2, [torch.float32, torch.bfloat16]], ids=str)
+def test_a_scale_put_into_the_states_from_outside_is_followed(dtypes: list[torch.dtype], fused: bool) -> None:
+    """As ZeroRedundancyOptimizer.load_state_dict does it, and users who set the scale by hand."""
+    runs = []
+    for in_place in (True, False):
+        params = [parameters([(20,)], dtype)[0] for dtype in dtypes]
+        optimizer = VARIANTS["Global"](params, fused=fused, **LIVELY["Global"], reference=0.3)
+        train(optimizer, 3)
+        scale = torch.tensor(2.0)
+        for entry in optimizer.state.values():
+            if in_place:
+                entry["lr_scale"].copy_(scale)
+            else:
+                entry["lr_scale"] = scale
+        train(optimizer, 4, first=3)
+        runs.append(snapshot(optimizer))
+        assert len({entry["lr_scale"].item() for entry in optimizer.state.values()} - {2.0}) == 1
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_parameter_put_into_a_group_again_is_named(at_step: int, fused: bool) -> None:
+    """The step would count it twice, and take one step of two."""
+    params = parameters()
+    optimizer = VARIANTS["Global"](params, fused=unforced(fused), **LIVELY["Global"])
+    train(optimizer, at_step)
+    optimizer.param_groups[0]["params"].append(params[1])
+    set_gradients(params, at_step)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"param group 0, parameter 3 .* is param group 0, parameter 1 as well"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
 
 
 def test_one_tensor_alone_is_local(fused: bool) -> None:

@@ -10,6 +10,8 @@ import torch
 from helpers import VARIANTS, StepCheck, clones, parameters, set_gradients, train
 from torch import nn
 
+from clara_fused.integrations.telemetry import ScaleSummary
+
 
 def root_mean_square(tensors: list[torch.Tensor]) -> float:
     return math.sqrt(torch.cat([tensor.detach().double().flatten() for tensor in tensors]).square().mean().item())
@@ -132,6 +134,62 @@ def test_frozen_integers_beside_them_do_not_count(variant: str, fused: bool) -> 
     set_gradients(params[:1], 0)
     optimizer.step()
     assert optimizer.lr_scales()[0][0].item() == pytest.approx(0.01, rel=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", ["meta", "lazy"])
+def test_what_has_no_values_does_not_count(kind: str, trained: bool, variant: str, fused: bool) -> None:
+    """First in the list and without a gradient, as in offloaded models and before a lazy module has run."""
+    if kind == "meta":
+        odd = nn.Parameter(torch.ones(2, 3, device="meta"), trained)
+    else:
+        odd = nn.UninitializedParameter(trained)
+    param = nn.Parameter(torch.ones(10))
+    optimizer = VARIANTS[variant]([odd, param], lr=1.0, fused=fused)
+    for _ in range(2):
+        assert optimizer.lr_scales()[0].tolist()[1] == pytest.approx(0.01, rel=1e-5)
+        assert ScaleSummary(optimizer).read()["clara/group0/lr_scale/min"] == pytest.approx(0.01, rel=1e-5)
+        set_gradients([param], 0)
+        optimizer.step()
+    assert odd not in optimizer.state
+
+
+class Unreadable(torch.Tensor):
+    """Weights that only kernels of their own can read: it makes a copy of itself, and fails at all else."""
+
+    @staticmethod
+    def __new__(cls, error: Any) -> Unreadable:
+        return torch.Tensor._make_wrapper_subclass(cls, (7,), dtype=torch.float32)
+
+    def __init__(self, error: Any) -> None:
+        self.error = error
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::detach":
+            return cls(args[0].error)
+        error = args[0].error
+        if error is NotImplemented:
+            return NotImplemented
+        raise error(func)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, NotImplemented, RuntimeError, TypeError, AttributeError])
+def test_weights_that_cannot_be_read_do_not_count(error: Any, variant: str, fused: bool) -> None:
+    params = [nn.Parameter(Unreadable(error)), nn.Parameter(torch.ones(10))]
+    optimizer = VARIANTS[variant](params, lr=1.0, fused=fused)
+    set_gradients(params[1:], 0)
+    optimizer.step()
+    assert optimizer.lr_scales()[0].tolist() == pytest.approx([0.01, 0.01], rel=1e-5)
+
+
+def test_an_error_of_plain_parameters_is_raised(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("clara_fused.state._sum_of_squares", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        VARIANTS[variant](parameters(), lr=1.0).lr_scales()
 
 
 def test_bounds_hold_the_cautious_scale(variant: str, fused: bool) -> None:
