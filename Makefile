@@ -79,7 +79,7 @@ endef
 test: $(VENV)/.ready-test
 	$(LINT)
 	@echo "== all tests (half an hour on two cores)"
-	$(BIN)/python -m pytest --cov -n auto --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --cov -n auto --dist loadgroup $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(TEST_PROCESSORS))
 
 lint: $(VENV)/.ready-lint

@@ -40,7 +40,7 @@ def main(paths: list[str]) -> None:
             continue
         settings = {"CLARA_CPU_ISA": core, "ATEN_CPU_CAPABILITY": torch}
         print(f"== as on a processor with {core} kernels: {settings}", flush=True)
-        pytest = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow", *paths]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-m", "not slow", *paths]
         status = subprocess.run(pytest, env=os.environ | settings).returncode
         if status != 0:
             raise SystemExit(status)

@@ -25,6 +25,8 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 MAX_REGISTERS = 64
 ELEMENT_KERNELS = ("measure_kernel", "update_kernel")
 
+pytestmark = pytest.mark.xdist_group("nvcc")  # one process compiles for all of them
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -109,7 +111,6 @@ def kernels() -> list[Kernel]:
     return found
 
 
-@pytest.mark.timeout(1200)
 def test_compiles_for_every_architecture_without_warnings(kernels: list[Kernel]) -> None:
     names = {kernel.name for kernel in kernels}
     for part in ("measure_kernel", "update_kernel", "reduce_kernel", "advance_kernel", "rescale_kernel"):
