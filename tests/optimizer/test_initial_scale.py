@@ -74,13 +74,13 @@ def test_a_warm_up_from_zero_is_judged_by_where_it_leads(start: float, variant: 
 
 def test_without_adaptation_it_is_adam(variant: str, fused: bool) -> None:
     """Adam's rate is the user's."""
-    (param,) = params = parameters([(40,)])
+    (param,) = params = parameters([(40,)], torch.float64)
     (twin,) = twins = clones(params)
     mine = VARIANTS[variant](params, lr=10.0, adapt_lr=False, fused=fused)
     adam = torch.optim.Adam(twins, lr=10.0)
     for optimizer in (mine, adam):
         train(optimizer, 3)
-    torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(param, twin, rtol=1e-9, atol=1e-9)
 
 
 def test_norms_beyond_float16_count(variant: str, fused: bool) -> None:
