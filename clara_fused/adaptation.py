@@ -74,7 +74,9 @@ class Evidence(NamedTuple):
 
     path_sq: Tensor  # N
     walk_sq: Tensor  # P
-    long_walk_sq: Tensor  # what P would be if all gradients were as long as Adam remembers them, and some still are
+    # What P would be if all gradients were as long as Adam remembers them (D), or as the longest of late (M) if that is
+    # less.
+    long_walk_sq: Tensor
     step_sq: Tensor  # U
     step_walk_sq: Tensor  # what U is expected to be
     numel: Tensor  # n
@@ -103,8 +105,8 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
         bias1 * bias1 * new.step_sq,
         beta1 * beta1 * old.moment_sq * before + (1.0 - beta1) ** 2 * new.grad_sq,
     )
-    # Where nothing moves only m does.
     grad_peak = torch.maximum(_PEAK_MEMORY * old.grad_peak * before, new.grad_sq)
+    # Where nothing moves only m does.
     idle = Walk(moment_sq, beta1 * old.path_moment * before, old.path_sq * before, grad_peak)
     a = path_gain(options.smoothing) / bias1
     moved = Walk(

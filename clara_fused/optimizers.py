@@ -261,7 +261,7 @@ class AdamClara(Constructor, Optimizer):
             sizes = [self._size(index) for index in groups]
             size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
             _, lrs = self._options.read(self.param_groups)
-            lr = largest_lr([coming_lr(lrs[index], self.param_groups[index]) for index in groups], size.device)
+            lr = largest_lr([coming_lr(lrs[i], self.param_groups[i], i) for i in groups], size.device)
             self._initial_scales[groups[0]] = state.cautious_scale(size, lr, own)
         return self._initial_scales[groups[0]]
 

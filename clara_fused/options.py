@@ -374,12 +374,9 @@ def _read_lr(lr: Any, index: int) -> float | Tensor:
     return number
 
 
-def coming_lr(lr: float | Tensor, group: Mapping[str, Any]) -> float | Tensor:
+def coming_lr(lr: float | Tensor, group: Mapping[str, Any], index: int) -> float | Tensor:
     """A checked learning rate; where a warm-up starts at 0, the one it leads to, as torch's schedulers note it."""
-    if isinstance(lr, float) and lr == 0.0:
-        initial = group.get("initial_lr", 0.0)
-        return _read_lr(initial, 0)
-    return lr
+    return lr if isinstance(lr, Tensor) or lr > 0.0 else _read_lr(group.get("initial_lr", 0.0), index)
 
 
 def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:

@@ -208,8 +208,9 @@ struct PathSums {
 constexpr int kPathSums = 6;
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
-// gradients that came, in whatever pattern they came; and how long they were at most. Kept in the state, 0-dim float32 each, in units of N: when the
-// weights change, the walk changes with the path, and their ratio stays. Zeros before the first step.
+// gradients that came, in whatever pattern they came; and how long these were at most. Kept in the state, 0-dim float32
+// each, in units of N: when the weights change, the walk changes with the path, and their ratio stays. Zeros before the
+// first step.
 struct WalkState {
   float moment_sq;    // V / N; V: expected sum of m~^2, m~ = m/d
   float path_moment;  // C / N; C: expected sum of path m~
@@ -223,7 +224,8 @@ constexpr double kPeakMemory = 0.98;  // of M that is left after a step of small
 struct Evidence {
   double path_sq;       // N
   double walk_sq;       // P
-  double long_walk_sq;  // what P would be if all gradients were as long as Adam remembers them, and some still are
+  double long_walk_sq;  // what P would be if all gradients were as long as Adam remembers them (D), or as the longest of
+                        // late (M) if that is less
   double step_sq;       // U
   double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
   double numel;         // n
@@ -270,9 +272,9 @@ CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const
   if (learning_rate(options) == 0.0 || sums.grad_sq == 0.0) return {};
   const double bias1 = bias_correction<double>(options.log_beta1, step);
   const double unit = sums.path_sq;  // of the walk's scalars
-  return {sums.path_sq, walk.path_sq * unit,
-          unit_walk(options) * smaller(sums.weight, walk.grad_peak * unit), sums.step_sq,
-          walk.moment_sq * unit / (bias1 * bias1), sums.numel};
+  const double remembered = smaller(sums.weight, walk.grad_peak * unit);
+  return {sums.path_sq, walk.path_sq * unit,                     unit_walk(options) * remembered,
+          sums.step_sq, walk.moment_sq * unit / (bias1 * bias1), sums.numel};
 }
 
 // A ratio of sums over few elements says little: as if `neutral` more had shown the expected one.

@@ -1,8 +1,10 @@
 """Hugging Face Trainer with AdamClara: a tiny GPT-2 on Python's documentation strings, logged to TensorBoard.
 
-pip install transformers accelerate tensorboard
-python examples/hf_trainer.py --steps 60
-tensorboard --logdir runs/hf_trainer
+    pip install transformers accelerate tensorboard
+    python examples/hf_trainer.py --steps 60
+    tensorboard --logdir runs/hf_trainer
+
+Beside the loss the log has, per param group, the learning rate in force and the scale.
 """
 
 from __future__ import annotations

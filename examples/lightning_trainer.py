@@ -1,8 +1,10 @@
 """Lightning with AdamClara: a tiny GPT on Python's documentation strings, logged to TensorBoard with histograms.
 
-pip install lightning tensorboard
-python examples/lightning_trainer.py --steps 60
-tensorboard --logdir runs/lightning
+    pip install lightning tensorboard
+    python examples/lightning_trainer.py --steps 60
+    tensorboard --logdir runs/lightning
+
+Beside the loss the log has, per param group, the learning rate in force and the scale.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from .contenders import CONTENDERS, OURS
 from .measures import KINDS, TOLERANCE, Study, score
 from .plans import DECADES
 from .report import (
+    Table,
     coverage,
     label,
     long_table,
@@ -69,17 +70,20 @@ def with_tables(text: str, study: Study, docs: Path) -> str:
         link = f"images/learning_rate_{name}.png"
         return f"![{title}]({link})\n" if (docs / link).exists() else NOT_YET
 
+    def markdown(table: Table) -> str:
+        return table.markdown() if table.rows else NOT_YET
+
     tables: dict[str, Callable[[], str]] = {
         "coverage": lambda: coverage(study) if study.cells else NOT_YET,
-        "targets": lambda: target_table(study).markdown(),
-        "sampling": lambda: sampling_table(study).markdown(),
-        "long": lambda: long_table(study).markdown(),
+        "targets": lambda: markdown(target_table(study)),
+        "sampling": lambda: markdown(sampling_table(study)),
+        "long": lambda: markdown(long_table(study)),
         "losses": lambda: picture("losses", "Final loss over the initial learning rate, a panel per task"),
         "trajectories": lambda: picture("trajectories", "Effective learning rate over the steps"),
     }
     for kind in KINDS:
         for name, table in (("one-rate", one_rate_table), ("span", span_table), ("peers", peer_table)):
-            tables[f"{name}-{kind}"] = lambda table=table, kind=kind: table(study, kind).markdown()  # type: ignore[misc]
+            tables[f"{name}-{kind}"] = lambda table=table, kind=kind: markdown(table(study, kind))  # type: ignore[misc]
     return MARKED.sub(lambda match: match[1] + (tables[match[2]]() if study.cells else NOT_YET) + match[4], text)
 
 

@@ -1,6 +1,8 @@
 """Lightning: log the learning rates in force and the scales to the Trainer's loggers.
 
-Trainer(callbacks=[AdamClaraCallback()])
+    Trainer(callbacks=[AdamClaraCallback()])
+
+Needs the package lightning or pytorch_lightning.
 """
 
 from __future__ import annotations

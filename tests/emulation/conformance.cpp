@@ -172,8 +172,9 @@ struct Tensor {
   std::vector<Array> walk = {clara::kWalkScalars, Array(DType::kFloat32, 1, 0)};
 
   std::vector<const Array*> state() const {
-    return {&param, &exp_avg,  &exp_avg_sq, &max_exp_avg_sq, &path,
-            &step,  &lr_scale, &walk[0],    &walk[1],        &walk[2], &walk[3]};
+    std::vector<const Array*> all = {&param, &exp_avg, &exp_avg_sq, &max_exp_avg_sq, &path, &step, &lr_scale};
+    for (const Array& scalar : walk) all.push_back(&scalar);
+    return all;
   }
   WalkState walk_state() const {
     return {static_cast<float>(walk[0].get(0)), static_cast<float>(walk[1].get(0)),

@@ -235,6 +235,18 @@ def test_extreme_gradients_follow_the_formulas(variant: str, size: float, fused:
     assert all(p.isfinite().all() for p in params)
 
 
+def test_alternating_gradients_follow_the_formulas(variant: str, fused: bool) -> None:
+    """At the defaults, until the scale has fallen: where the momentum leaves nothing, another branch decides."""
+    (param,) = params = parameters([(200,)])
+    optimizer = VARIANTS[variant](params, fused=fused, initial_scale=1.0)
+    check = StepCheck(variant, optimizer)
+    gradient = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    for step in range(40):
+        param.grad = gradient if step % 2 else -gradient
+        check.step()
+    assert float(optimizer.state[param]["lr_scale"]) < 0.1
+
+
 @pytest.mark.slow
 def test_sums_over_large_tensors_are_exact(variant: str, fused: bool) -> None:
     """A float32 sum of 3 million squares, done naively, loses four digits; walk and scale show them with clip None."""

@@ -189,8 +189,8 @@ def test_sizes_around_blocks_and_chunks(numel: int, variant: str, fused: bool) -
 
 @pytest.mark.slow
 def test_many_tensors(variant: str, fused: bool) -> None:
-    """Hundreds of tensors in one step: beyond what one launch's table or one list of arguments holds."""
-    params = parameters([(1 + i % 5,) for i in range(800)])
+    """More tensors in one step than one list of arguments, or one block of a sum (1024), holds."""
+    params = parameters([(1 + i % 5,) for i in range(1100)])
     optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
     check = StepCheck(variant, optimizer)
     for step in range(2):

@@ -394,6 +394,9 @@ def test_pictures_and_tables_are_made_from_few_records(small_study: measures.Stu
     assert "](images/learning_rate_losses.png)" in written and "| target |" in written
     assert (tmp_path / "images" / "learning_rate_trajectories.png").stat().st_size > 5_000
     assert figures.with_tables(text, NOTHING, tmp_path).count("*Not yet recorded.*") == len(names)
+    # No table of a header alone.
+    part = "<!-- study: long -->\n<!-- end of study -->\n"
+    assert "*Not yet recorded.*" in figures.with_tables(part, measures.Study([record()]), tmp_path)
     with pytest.raises(KeyError, match="no-such-table"):
         figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", small_study, tmp_path)
 
