@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-compile"
@@ -100,12 +101,14 @@ def kernels() -> list[Kernel]:
         if path.suffix in (".h", ".cuh", ".cu"):
             digest.update(path.read_bytes())
     log = BUILD / f"ptxas-{digest.hexdigest()[:16]}.log"
-    if not log.exists():
-        shutil.rmtree(BUILD, ignore_errors=True)
-        BUILD.mkdir(parents=True)
-        with ThreadPoolExecutor(2) as pool:
-            outputs = list(pool.map(lambda unit: compile_unit(nvcc, architectures, unit, BUILD), UNITS))
-        log.write_text("".join(outputs))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "compiling.lock"):
+        if not log.exists():
+            for old in (*BUILD.glob("*.o"), *BUILD.glob("ptxas-*.log")):
+                old.unlink()
+            with ThreadPoolExecutor(2) as pool:
+                outputs = list(pool.map(lambda unit: compile_unit(nvcc, architectures, unit, BUILD), UNITS))
+            log.write_text("".join(outputs))
     found = parse_ptxas(log.read_text())
     assert {kernel.architecture for kernel in found} == set(architectures)
     return found

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
@@ -175,15 +176,20 @@ def fingerprint() -> str:
 
 @cache
 def built(sanitizer: str) -> Path:
-    """The conformance program under a sanitizer, built unless there is one of the same sources."""
+    """The conformance program under a sanitizer, built unless there is one of the same sources.
+
+    Tests in other processes that need it meanwhile wait for it.
+    """
     folder = BUILD / f"{sanitizer}-{fingerprint()}"
     program = folder / "conformance"
-    if not program.exists():
-        for old in BUILD.glob(f"{sanitizer}-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        copy_sources(folder)
-        sources = [folder / "tests/emulation" / PROGRAM, *(folder / "csrc/cuda" / unit for unit in UNITS)]
-        link(folder, compile_all(folder, sources, SANITIZERS[sanitizer]), SANITIZERS[sanitizer])
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / f"{sanitizer}.lock"):
+        if not program.exists():
+            for old in BUILD.glob(f"{sanitizer}-*"):
+                shutil.rmtree(old)
+            copy_sources(folder)
+            sources = [folder / "tests/emulation" / PROGRAM, *(folder / "csrc/cuda" / unit for unit in UNITS)]
+            link(folder, compile_all(folder, sources, SANITIZERS[sanitizer]), SANITIZERS[sanitizer])
     return program
 
 
