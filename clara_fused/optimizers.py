@@ -28,7 +28,7 @@ from .options import (
 from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, moved
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
-_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
+_PERSISTENT_ATTRIBUTES = ("fused", "_groups_added", "_process_group", "_step_supports_amp_scaling")
 
 
 class AdamClara(Constructor, Optimizer):
@@ -56,6 +56,7 @@ class AdamClara(Constructor, Optimizer):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
         self.process_group = arguments["process_group"]
+        self._groups_added = 0
         self._core = core_buckets.Gatherer(self.one_scale)
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
@@ -141,7 +142,7 @@ class AdamClara(Constructor, Optimizer):
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
         if not self._shards_are_checked:
-            sharding.check_shards(self.param_groups, self.process_group, self.one_scale)
+            sharding.check_shards(self.param_groups, self._groups_added, self.process_group, self.one_scale)
             self._shards_are_checked = True
         options, lrs = self._options.read(self.param_groups)
         scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -347,6 +348,7 @@ class AdamClara(Constructor, Optimizer):
             self.param_groups.pop()
             raise
         self._options.normalize(group)
+        self._groups_added += 1
         self._shards_are_checked = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", 'slow: takes more than about 3 s; -m "not slow" leaves it out')
     if "PYTEST_XDIST_WORKER" in os.environ:
         # One thread each: OpenMP's threads wait by spinning, and several teams on the same cores run five times slower.
         os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -87,9 +88,27 @@ def is_fsdp1_shard(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
-def holds_fsdp1_shards(params: Iterable[Tensor]) -> bool:
-    """Whether FSDP1 shards some of these parameters. Plain ones beside them it was told to ignore: they are whole."""
-    return any(map(is_fsdp1_shard, params))
+def is_deepspeed_partition(param: Tensor) -> bool:
+    """Whether this looks like one rank's part of a group's parameters, laid end to end: a vector and no `nn.Parameter`.
+
+    Without ZeRO, DeepSpeed's copies of vectors look the same, but are not each the only one of its group.
+    """
+    return "deepspeed" in sys.modules and is_distributed() and param.dim() == 1 and type(param) is Tensor
+
+
+def is_shard(param: Tensor) -> bool:
+    """Whether this plain tensor is known to be a shard, of which all ranks of the process group have one."""
+    return is_fsdp1_shard(param) or is_deepspeed_partition(param)
+
+
+def holds_shards(params: Iterable[Tensor]) -> bool:
+    """Whether some of these are shards. Plain ones beside them FSDP1 was told to ignore: they are whole."""
+    return any(map(is_shard, params))
+
+
+def is_distributed() -> bool:
+    """Whether there may be other ranks."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def ranks_of(group: ProcessGroup) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ from .placement import (
     ParamGroups,
     ProcessGroupReference,
     check_process_group,
-    holds_fsdp1_shards,
+    holds_shards,
     located,
     needs_sums,
     signature_of,
@@ -139,8 +139,8 @@ class RankSums:
             self._params, self._process_group, inputs.one_scale, self._lines
         )
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
-        # Of a parameter outside of all collectives in the total: without FSDP1's shards each rank has others.
-        copies = len(self._total.ranks) if self._total and holds_fsdp1_shards(self._params.values()) else 1
+        # Of a parameter outside of all collectives in the total: where no shards are known each rank has others.
+        copies = len(self._total.ranks) if self._total and holds_shards(self._params.values()) else 1
         self._share_alone = 1.0 / copies
         self._shares: tuple[list[Location], Tensor] | None = None
         self._sizes = self._whole_sizes(len(inputs.options))

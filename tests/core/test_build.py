@@ -29,6 +29,8 @@ from clara_fused.core._interface import interface_stamp
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:

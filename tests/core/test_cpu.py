@@ -32,6 +32,7 @@ SANITIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_cpp_core_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
@@ -89,6 +90,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 
 
 @needs_core
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_agrees_with_pytorch(instruction_set: str) -> None:
     run = subprocess.run(

@@ -26,7 +26,7 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 MAX_REGISTERS = 64
 ELEMENT_KERNELS = ("measure_kernel", "update_kernel")
 
-pytestmark = pytest.mark.xdist_group("nvcc")  # one process compiles for all of them
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvcc")]  # one process compiles for all of them
 
 
 @dataclass(frozen=True)

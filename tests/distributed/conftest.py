@@ -1,22 +1,29 @@
-"""Worlds of ranks, shared by all tests of the session."""
+"""Worlds of ranks, shared by all tests of this folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from ranks import World
 
+HERE = Path(__file__).resolve().parent
+WORLDS = {size: World(size) for size in (1, 2, 4)}
 
-@pytest.fixture(scope="session")
-def worlds() -> Iterator[dict[int, World]]:
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the ranks with the last test of the folder: such as wait still take several percent of a core each."""
+    if nextitem is None or HERE not in nextitem.path.parents:
+        for world in WORLDS.values():
+            world.stop()
+
+
+@pytest.fixture
+def worlds() -> dict[int, World]:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch was built without gloo")
-    all_worlds = {size: World(size) for size in (1, 2, 4)}
-    yield all_worlds
-    for world in all_worlds.values():
-        world.stop()
+    return WORLDS
 
 
 @pytest.fixture
@@ -32,7 +39,3 @@ def world2(worlds: dict[int, World]) -> World:
 @pytest.fixture
 def world4(worlds: dict[int, World]) -> World:
     return worlds[4]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes many seconds; left out by `pytest -m 'not slow'`")

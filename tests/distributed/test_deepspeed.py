@@ -1,7 +1,6 @@
-"""DeepSpeed's ZeRO, really run on the CPU: right where one scale for all makes it so, refused everywhere else.
+"""DeepSpeed's ZeRO, really run on the CPU: right where a flat vector has one scale, refused everywhere else.
 
-DeepSpeed hands the optimizer one flat vector per rank and group. It is not among the packages that `make test` installs
-(`pip install deepspeed`); without it these tests are skipped. Gradients are given: DeepSpeed works in float32.
+DeepSpeed hands the optimizer one flat vector per rank and group. Gradients are given: DeepSpeed works in float32.
 """
 
 from __future__ import annotations
@@ -28,21 +27,22 @@ STEPS = 5
 class GivenGradients(nn.Module):
     """The gradient of its output is the input, split among the parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, as_one: bool = False) -> None:
         super().__init__()
-        self.first = nn.Parameter(torch.linspace(-1.0, 1.0, 30).view(5, 6))
-        self.second = nn.Parameter(torch.linspace(0.5, 2.0, 18))  # 48 elements in all: 24 for each of two ranks
+        # Multiples of 4: DeepSpeed pads what two ranks divide to that.
+        parts = [torch.linspace(-1.0, 1.0, 28).view(4, 7), torch.linspace(0.5, 2.0, 20)]
+        self.parts = nn.ParameterList([torch.cat([part.flatten() for part in parts])] if as_one else parts)
 
     def forward(self, grads: Tensor) -> Tensor:
-        parts = grads.split([self.first.numel(), self.second.numel()])
-        return sum((p.flatten() * g).sum() for p, g in zip((self.first, self.second), parts, strict=True))
+        split = grads.split([part.numel() for part in self.parts])
+        return sum((part.flatten() * grad).sum() for part, grad in zip(self.parts, split, strict=True))
 
 
 def given(step: int, rank: int) -> Tensor:
     return torch.randn(48, generator=torch.Generator().manual_seed(10 * step + rank)) + 0.5
 
 
-def initialized(variant: str, stage: int, **options: Any) -> tuple[Any, Any]:
+def initialized(variant: str, stage: int, groups: int = 1, **options: Any) -> tuple[Any, Any]:
     """DeepSpeed's engine around a model and one of the optimizers, and that optimizer."""
     rank = str(dist.get_rank())
     world = str(dist.get_world_size())
@@ -52,7 +52,8 @@ def initialized(variant: str, stage: int, **options: Any) -> tuple[Any, Any]:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for minutes
     model = GivenGradients()
-    optimizer = VARIANTS[variant](model.parameters(), **OPTIONS, **options)
+    params = list(model.parameters())
+    optimizer = VARIANTS[variant]([{"params": params[i::groups]} for i in range(groups)], **OPTIONS, **options)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
@@ -65,7 +66,7 @@ def initialized(variant: str, stage: int, **options: Any) -> tuple[Any, Any]:
 
 def compare_with_one_process(stage: int) -> None:
     engine, optimizer = initialized("Global", stage, process_group=dist.group.WORLD)
-    model = GivenGradients()
+    model = GivenGradients(as_one=True)
     alone = VARIANTS["Global"](model.parameters(), **OPTIONS)
     for step in range(STEPS):
         engine.backward(engine(given(step, dist.get_rank())))
@@ -73,21 +74,21 @@ def compare_with_one_process(stage: int) -> None:
         alone.zero_grad()
         model(sum(given(step, rank) for rank in range(dist.get_world_size())) / dist.get_world_size()).backward()
         alone.step()
-        scale = optimizer.lr_scales()[0][0].item()
-        assert on_all_ranks(scale) == [scale] * dist.get_world_size()
-        assert scale == pytest.approx(alone.lr_scales()[0][0].item(), rel=1e-4)
-    assert scale != 1.0
-    for param, expected in zip(engine.module.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+        scales = torch.cat(optimizer.lr_scales()).tolist()
+        assert on_all_ranks(scales) == [scales] * dist.get_world_size()
+        assert scales == pytest.approx(alone.lr_scales()[0].tolist(), rel=1e-5)
+    assert 1.0 not in scales
+    params, expected = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (engine.module, model))
+    torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_one_scale_for_all_partitions(world2: World, stage: int) -> None:
+def test_a_partition_counts_as_one_tensor(world2: World, stage: int) -> None:
     world2.run(compare_with_one_process, stage)
 
 
-def refusal(variant: str, stage: int, with_group: bool) -> str:
-    engine, _ = initialized(variant, stage, process_group=dist.group.WORLD if with_group else None)
+def refusal(variant: str, stage: int, groups: int, with_group: bool) -> str:
+    engine, _ = initialized(variant, stage, groups, process_group=dist.group.WORLD if with_group else None)
     engine.backward(engine(given(0, dist.get_rank())))
     with pytest.raises(ValueError) as caught:
         engine.step()
@@ -95,17 +96,18 @@ def refusal(variant: str, stage: int, with_group: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    ("variant", "stage", "with_group", "advice"),
+    ("variant", "stage", "groups", "with_group", "advice"),
     [
-        ("Global", 1, False, "pass process_group="),
-        ("Local", 1, True, "use AdamClaraGlobal"),
-        ("Smoothed", 2, False, "use AdamClaraGlobal"),
-        ("Global", 3, True, "use AdamClaraGlobal with stage 1 or 2, or FSDP2"),
+        ("Global", 1, 1, False, "pass process_group="),
+        ("Global", 2, 2, True, "give all parameters in one group"),
+        ("Local", 1, 1, True, "use AdamClaraGlobal"),
+        ("Smoothed", 2, 1, False, "use AdamClaraGlobal"),
+        ("Global", 3, 1, True, "use AdamClaraGlobal with stage 1 or 2, or FSDP2"),
     ],
 )
 def test_what_cannot_be_right_is_refused(
-    world2: World, variant: str, stage: int, with_group: bool, advice: str
+    world2: World, variant: str, stage: int, groups: int, with_group: bool, advice: str
 ) -> None:
-    for message in world2.run(refusal, variant, stage, with_group):
+    for message in world2.run(refusal, variant, stage, groups, with_group):
         assert "DeepSpeed" in message
         assert advice in message

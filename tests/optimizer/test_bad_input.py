@@ -463,6 +463,7 @@ for variant in VARIANTS:
 """
 
 
+@pytest.mark.slow
 def test_fused_where_the_core_is_missing() -> None:
     """The message says why, and what to do: install with a compiler, or fused=None."""
     where = Path(__file__).resolve().parent.parent

@@ -79,6 +79,7 @@ for variant in VARIANTS:
 """
 
 
+@pytest.mark.slow
 def test_resume_in_a_new_process_is_bitwise(tmp_path: Path, fused: bool) -> None:
     """Nothing that counts lives outside the checkpoint."""
     expected = {}

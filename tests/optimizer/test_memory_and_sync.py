@@ -99,6 +99,7 @@ class _MallocStatistics(ctypes.Structure):
     _fields_ = [("before", ctypes.c_size_t * 7), ("bytes_in_use", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
 
 
+@pytest.mark.slow
 def test_a_schedule_of_betas_leaves_nothing_behind(variant: str, fused: bool) -> None:
     """OneCycleLR brings new betas at every step of a run."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
