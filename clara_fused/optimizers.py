@@ -13,7 +13,7 @@ from . import state, tensors, torch_backend
 from .adaptation import total_evidence
 from .core import buckets as core_buckets
 from .core import loading
-from .distributed import dtensors, sharding
+from .distributed import dtensors, foreign, placement, sharding
 from .options import (
     OPTIONS,
     Constructor,
@@ -83,8 +83,8 @@ class AdamClara(Constructor, Optimizer):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        sharding.check_process_group(group)
-        self._process_group = sharding.ProcessGroupReference(group)
+        placement.check_process_group(group)
+        self._process_group = placement.ProcessGroupReference(group)
         self._ranks = None
         self._shards_are_checked = False
 
@@ -142,7 +142,7 @@ class AdamClara(Constructor, Optimizer):
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
         if not self._shards_are_checked:
-            sharding.check_shards(self.param_groups, self._groups_added, self.process_group, self.one_scale)
+            foreign.check_shards(self.param_groups, self._groups_added, self.process_group, self.one_scale)
             self._shards_are_checked = True
         options, lrs = self._options.read(self.param_groups)
         scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -200,19 +200,12 @@ class AdamClara(Constructor, Optimizer):
         if self.one_scale:
             self._scales = {}
             self._shared_scales()
-        return {
-            location: dtensors.local_work(*work) if dtensors.is_dtensor(work.param) else work
-            for location, work in works.items()
-        }
+        return {location: dtensors.local_work(*work) for location, work in works.items()}
 
     def _located(self, locations: Iterable[Location] | None) -> Iterator[tuple[Location, Tensor]]:
-        if locations is not None:
-            for location in locations:
-                yield location, self.param_groups[location.group_index]["params"][location.param_index]
-            return
-        for group_index, group in enumerate(self.param_groups):
-            for param_index, param in enumerate(group["params"]):
-                yield Location(group_index, param_index), param
+        if locations is None:
+            return placement.located(self.param_groups)
+        return ((each, self.param_groups[each.group_index]["params"][each.param_index]) for each in locations)
 
     def _create_state(self, location: Location) -> dict[str, Any]:
         """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
@@ -296,7 +289,7 @@ class AdamClara(Constructor, Optimizer):
             if scale is None:
                 if initial is None:
                     initial = 1.0
-                    if self._ranks is not None or not sharding.needs_sums(self.param_groups, self.process_group):
+                    if self._ranks is not None or not placement.needs_sums(self.param_groups, self.process_group):
                         initial = self._initial_scale(index, options)
                 scale = initial
             if not isinstance(scale, Tensor):
@@ -353,13 +346,12 @@ class AdamClara(Constructor, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; no two entries share memory."""
-        result = super().state_dict()
-        if self.one_scale:
-            result["state"] = {
-                key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
-                for key, entry in result["state"].items()
-            }
-        return result
+        # Registered here, so that the user's hooks see it done.
+        handle = self.register_state_dict_post_hook(_with_scales_of_their_own, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
@@ -393,7 +385,7 @@ class AdamClara(Constructor, Optimizer):
             state.adopt_group(group, template, self.option_names)
             reader.normalize(group)
         options, _ = reader.read(groups)
-        process_group: sharding.ProcessGroupReference = new.get("_process_group") or self._process_group
+        process_group: placement.ProcessGroupReference = new.get("_process_group") or self._process_group
         all_elements = process_group.group is not None
         for group_index, group in enumerate(groups):
             for param_index, param in enumerate(group["params"]):
@@ -430,6 +422,14 @@ def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
         if first.setdefault(id(param), location) != location:
             where = "param group {}, parameter {}".format(*first[id(param)])
             raise ValueError(f"{tensors.describe(*location, param)} is {where} as well; AdamClaraGlobal takes it once")
+
+
+def _with_scales_of_their_own(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Copy the one scale, which all states of a device hold: safetensors refuses entries that share memory."""
+    state_dict["state"] = {
+        key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
+        for key, entry in state_dict["state"].items()
+    }
 
 
 def _has_scale(entry: object) -> bool:

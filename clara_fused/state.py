@@ -68,13 +68,11 @@ WHOLE = Sample(1, 1)
 
 def _inner(param: Tensor) -> int:
     """Elements of a row."""
-    return param.numel() if param.dim() <= 1 else param.numel() // param.shape[0]
+    return param.numel() if param.dim() <= 1 else math.prod(param.shape[1:])
 
 
 def _run(param: Tensor) -> int:
-    """Elements of a run, a power of two; 0 where the tensor has to keep its whole path."""
-    if param.numel() < _MIN_SAMPLED:
-        return 0
+    """Elements of a run, a power of two, the same for a DTensor and its parts; 0: the whole path has to be kept."""
     inner = _inner(param)
     run = min(inner & -inner, _MAX_RUN)
     return run if run >= _MIN_RUN and _lies_in_rows(param) and _shards_hold_runs(param, run) else 0
@@ -109,7 +107,7 @@ def sample_of(param: Tensor, path_fraction: float, all_elements: bool = False) -
     Args:
         all_elements: whether parameters are shards of unknown tensors (process_group): they keep the whole path.
     """
-    run = 0 if all_elements else _run(param)
+    run = 0 if all_elements or param.numel() < _MIN_SAMPLED else _run(param)
     if run == 0:
         return WHOLE
     kept = max(1, 1 << max(0, math.floor(math.log2(run * path_fraction) + 0.5)))
@@ -161,8 +159,9 @@ def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index
 
 def signature(state: Mapping[str, Any], param: Tensor, grad: Tensor, amsgrad: bool) -> tuple[object, ...]:
     """What the checks of a parameter, its gradient and its state depend on, in a form that is quick to compare."""
-    of_grad = type(grad), grad.dtype, grad.layout, grad.shape, grad.device
-    return (amsgrad, *of_grad, param.dtype, param.shape, param.stride(), param.device, *map(id, state.values()))
+    tensors = grad, param, *(state.get(name) for name in ("exp_avg", "path"))  # of the state, those that tell most
+    seen = [(each.dtype, each.shape, each.device) for each in tensors if isinstance(each, Tensor)]
+    return (amsgrad, type(grad), grad.layout, param.stride(), *seen, *map(id, state.values()))
 
 
 def is_complete(state: Mapping[str, Any], param: Tensor, amsgrad: bool) -> bool:
@@ -219,16 +218,8 @@ def _initial_value(
     if sample == WHOLE:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     part = dtensors.local(param)
-    rows = torch.zeros(_local_shape(sample, param, part), dtype=dtype, device=part.device)
+    rows = torch.zeros(sample.shape(part), dtype=dtype, device=part.device)
     return dtensors.placed_as_shard(rows, param, sample.shape(param)) if part is not param else rows
-
-
-def _local_shape(sample: Sample, param: Tensor, part: Tensor) -> torch.Size:
-    """The shape of the path of this rank's part of a parameter."""
-    if part.numel() == 0:
-        inner = math.prod(part.shape[1:]) // sample.run * sample.kept
-        return torch.Size((0,) if param.dim() == 1 else (part.shape[0], inner))
-    return sample.shape(part)
 
 
 # --- the initial scale -----------------------------------------------------------------------------------------------
@@ -420,19 +411,15 @@ def _adopted_path(path: Tensor, param: Tensor, options: GroupOptions, all_elemen
     """A loaded path in the layout that this optimizer gives the parameter's; None if it does not fit."""
     if not isinstance(path, Tensor) or not path.is_floating_point():
         return None
-    sample = sample_of(param, options.path_fraction, all_elements)
-    if path.shape == param.shape:
-        whole = _own_copy(path, param, "path")
-        if sample == WHOLE:
-            return whole
-        own = _initial_value("path", whole.dtype, param, options, 0.0, all_elements)
-        part = dtensors.local(own)
-        part.copy_(sample.view(in_storage_order(dtensors.local(whole))).reshape(part.shape))
-        return own
-    if path.shape != sample.shape(param):
-        return None
     own = _initial_value("path", moment_dtype(param), param, options, 0.0, all_elements)
-    return own.copy_(dtensors.placed_like(path, own))
+    if path.shape == own.shape:
+        return own.copy_(dtensors.placed_like(path, own))
+    if path.shape != param.shape:
+        return None
+    whole, part = dtensors.local(_own_copy(path, param, "path")), dtensors.local(own)
+    sample = sample_of(param, options.path_fraction, all_elements)
+    part.copy_(sample.view(in_storage_order(whole)).reshape(part.shape))
+    return own
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:

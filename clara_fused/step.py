@@ -93,25 +93,6 @@ class Bucket(Protocol):
         ...
 
 
-class Ranks(Protocol):
-    """The other ranks' part in a step of sharded parameters; made by `distributed.sharding`."""
-
-    def whole_sums(self, buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tensor]:
-        """`measure`'s results with every sharded tensor's row summed over its shards; all ranks call this.
-
-        Also lets the scales of tensors follow that have a gradient on other ranks only.
-        """
-        ...
-
-    def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
-        """Evidence of all tensors on all ranks, float64 [6] (AdamClaraGlobal); all ranks call this."""
-        ...
-
-    def size(self, group_index: int) -> Tensor:
-        """Float64 [2], `state.size_of` the whole parameters of a group; sends nothing."""
-        ...
-
-
 def adapt_one_scale(total: Tensor, scales: Iterable[Tensor], inputs: StepInputs) -> None:
     """Let the one scale of AdamClaraGlobal follow the total evidence [6], on every device that holds it."""
     scales = list(scales)

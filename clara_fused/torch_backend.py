@@ -60,7 +60,6 @@ class TorchBucket:
         self._lr = self._scalar(inputs.lrs[group_index])
         self._moves = self._lr != 0.0
         self._grad_scale = self._scalar(inputs.grad_scale)
-        self._scales: Tensor | None = None
         found_inf = self._scalar(inputs.found_inf)
         self._skipped = isinstance(found_inf, float) and found_inf != 0.0
         self._undo = found_inf != 0.0 if isinstance(found_inf, Tensor) else None  # decided on the device
@@ -72,27 +71,21 @@ class TorchBucket:
         value = moved(value.detach(), self.device).reshape(()).to(adaptation.scalar_dtype(self.device))
         return float(value) if self._on_host and readable(value) else value
 
-    @property
-    def params(self) -> Sequence[Tensor]:
-        """See `step.Bucket`."""
-        return [work.param for work in self._works]
-
     # --- the verbs ---
 
     def step(self) -> None:
-        """See `step.Bucket`."""
         evidence = self.advance(self.measure())
         self.rescale(adaptation.total_evidence([evidence]).unsqueeze(0) if self._one_scale else evidence)
         self.update()
 
     def measure(self) -> Tensor:
-        """See `step.Bucket`."""
         with profiling.range_of("measure", len(self._works)):
             shape = (len(self._works), len(adaptation.PathSums._fields))
             sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
             if self._skipped:
                 return sums
-            per_unit = [self._measure_unit(unit) for unit in self._blocks(sampled=True)]
+            corrections = _Corrections(self, self._steps + 1.0, None)
+            per_unit = [self._measure_unit(unit, corrections) for unit in self._blocks(sampled=True)]
             sums[:, :-1] = torch.cat(per_unit, dim=1).T
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
             # that has long been somebody else's.
@@ -103,7 +96,6 @@ class TorchBucket:
             return sums
 
     def advance(self, sums: Tensor) -> Tensor:
-        """See `step.Bucket`."""
         with profiling.range_of("adapt", len(self._works)):
             sums = moved(sums, self.device)
             if self._skipped:
@@ -117,24 +109,19 @@ class TorchBucket:
             return adaptation.evidence_of(sums, walks, self.options, steps, self._moves)
 
     def rescale(self, evidence: Tensor) -> None:
-        """See `step.Bucket`."""
         if self._skipped:
             return
         with profiling.range_of("adapt", len(self._works)):
             targets = self._entries("lr_scale")[: len(evidence)]  # the one of all tensors, or each tensor's
             evidence = moved(evidence, self.device)
             scales = adaptation.adapted_scales(torch.stack(targets), evidence, self.options)
-            self._scales = self._write(targets, scales)
+            self._write(targets, scales)
 
     def update(self) -> None:
-        """See `step.Bucket`."""
         if self._skipped:
             return
         with profiling.range_of("update", len(self._works)):
-            scales = self._scales  # None: one for all, which has been adapted elsewhere
-            if scales is None:
-                scales = self._works[0].state["lr_scale"].unsqueeze(0)
-            rates = scales.to(adaptation.scalar_dtype(self.device)).expand(len(self._works)) * self._lr
+            rates = torch.stack(self._entries("lr_scale")).to(adaptation.scalar_dtype(self.device)) * self._lr
             corrections = _Corrections(self, self._steps + 1.0, rates)
             for unit in self._blocks(sampled=False):
                 for block in unit:
@@ -150,13 +137,12 @@ class TorchBucket:
         """Steps taken before this one, [n]."""
         return torch.stack(self._entries("step")).to(adaptation.scalar_dtype(self.device))
 
-    def _write(self, targets: list[Tensor], values: Tensor) -> Tensor:
-        """Write scalars, [n]; returns what stands there then."""
+    def _write(self, targets: list[Tensor], values: Tensor) -> None:
+        """Write scalars, [n]."""
         values = values.to(targets[0].dtype)
         if self._undo is not None:
             values = torch.where(self._undo, torch.stack(targets), values)
         self._distribute(values, targets)
-        return values
 
     def _distribute(self, values: Tensor, targets: list[Tensor]) -> None:
         """Copy the rows of `values` to tensors of their own."""
@@ -226,19 +212,14 @@ class TorchBucket:
 
     # --- measure ---
 
-    def _measure_unit(self, blocks: list[_Block]) -> Tensor:
+    def _measure_unit(self, blocks: list[_Block], corrections: _Corrections) -> Tensor:
         """The columns of `adaptation.PathSums` but the last, [5, tensors of the unit]."""
-        corrections = self._corrections_of_measure
         parts = [self._measure_block(block, corrections) for block in blocks]
         if len(parts) == 1:
             return parts[0]
         if blocks[0].rows != blocks[1].rows:  # stacks
             return torch.cat(parts, dim=1)
         return adaptation.fixed_order_sum(torch.stack(parts))
-
-    @cached_property
-    def _corrections_of_measure(self) -> _Corrections:
-        return _Corrections(self, self._steps + 1.0, None)
 
     def _measure_block(self, block: _Block, corrections: _Corrections) -> Tensor:
         sample, options = block.sample, self.options
@@ -251,7 +232,7 @@ class TorchBucket:
         path = self._extended_path(before, step)
         weight = denominator if adaptation.in_adams_metric(options) else None
         sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
-        self._store_path(path, block)
+        self._store(path, block.paths, self._undo)
         return sums * (sample.run / sample.kept)
 
     def _sums_of_squares(self, arrays: Sequence[Tensor], weight: Tensor | None) -> Tensor:
@@ -284,13 +265,6 @@ class TorchBucket:
         path = (before * (1.0 - smoothing)).add_(step, alpha=adaptation.path_gain(smoothing))
         return path if self._moves is True else torch.where(self._moves, path, before)
 
-    def _store_path(self, path: Tensor, block: _Block) -> None:
-        if isinstance(self._moves, Tensor):
-            rests = ~self._moves
-            self._store(path, block.paths, rests if self._undo is None else rests | self._undo)
-        elif self._moves:
-            self._store(path, block.paths, self._undo)
-
     # --- update ---
 
     def _update_block(self, block: _Block, corrections: _Corrections) -> None:
@@ -320,13 +294,14 @@ class TorchBucket:
 
     def _move_wrapper(self, param: Tensor, m: Tensor, denominator: Tensor, gain: Any, rate: Any) -> None:
         """With the operations that torch.optim.Adam uses, in the parameter's own shape: a subclass knows no others."""
-        options = self.options
-        if self._undo is not None:
-            gain, rate = (torch.where(self._undo, 0.0, each) for each in (gain, rate))
+        options, step = self.options, m * gain
+        if self._undo is not None:  # inf - inf and inf * 0 are no steps of 0; -0.0 leaves the sign of a 0
+            step, denominator = torch.where(self._undo, -0.0, step), torch.where(self._undo, 1.0, denominator)
+            rate = torch.where(self._undo, 0.0, rate)
         if options.weight_decay and options.decoupled_weight_decay:
             decay = 1.0 - rate * options.weight_decay
             param.mul_(decay.reshape(()) if isinstance(decay, Tensor) else decay)
-        param.addcdiv_((m * gain).view(param.shape), denominator.view(param.shape))
+        param.addcdiv_(step.view(param.shape), denominator.view(param.shape))
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:

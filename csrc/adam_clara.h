@@ -205,7 +205,6 @@ struct PathSums {
   double weight;          // D, of the weights themselves
   double numel;           // n, of all elements
 };
-constexpr int kPathSums = 6;
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
 // gradients that came, in whatever pattern they came; and how long these were at most. Kept in the state, 0-dim float32

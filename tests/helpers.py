@@ -29,6 +29,7 @@ from oracle import (
     sums_of,
     updated,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clara_fused
 
@@ -54,6 +55,13 @@ LIVELY["Smoothed"]["lr_smoothing"] = 0.6
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak")
 SCALARS = ("step", "lr_scale", *WALK)
+
+
+class UnreadByTheHost(TorchDispatchMode):
+    """Numbers count as on a device: what depends on them is decided there, not by the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def name_of(dtype: torch.dtype) -> str:

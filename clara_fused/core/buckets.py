@@ -103,7 +103,6 @@ class CoreBucket:
 
     @property
     def locations(self) -> Sequence[Location]:
-        """See `step.Bucket`."""
         return [Location(*location) for location in self._bucket.locations]
 
     @property
@@ -124,7 +123,6 @@ class CoreBucket:
         return torch.empty(len(self._bucket), columns, dtype=torch.float64, device=self.device)
 
     def measure(self) -> Tensor:
-        """See `step.Bucket`."""
         with profiling.range_of("measure", len(self._bucket)):
             # Zeros: where found_inf is set the core leaves them as they are.
             sums = self._numbers(len(PathSums._fields)).zero_()
@@ -132,7 +130,6 @@ class CoreBucket:
             return sums
 
     def advance(self, sums: Tensor) -> Tensor:
-        """See `step.Bucket`."""
         with profiling.range_of("adapt", len(self._bucket)):
             sums = moved(sums, self.device).contiguous()
             evidence = self._numbers(len(Evidence._fields)).zero_()
@@ -140,13 +137,11 @@ class CoreBucket:
             return evidence
 
     def rescale(self, evidence: Tensor) -> None:
-        """See `step.Bucket`."""
         with profiling.range_of("adapt", len(self._bucket)):
             evidence = moved(evidence, self.device).contiguous()
             self._bucket.rescale(evidence.data_ptr(), len(evidence), *self._launch())
 
     def update(self) -> None:
-        """See `step.Bucket`."""
         with profiling.range_of("update", len(self._bucket)):
             self._bucket.update(*self._launch())
         # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph that
@@ -154,7 +149,6 @@ class CoreBucket:
         torch.autograd.graph.increment_version(self._bucket.params)
 
     def step(self) -> None:
-        """See `step.Bucket`."""
         with profiling.range_of("step", len(self._bucket)):
             self._bucket.step(*self._launch())
         torch.autograd.graph.increment_version(self._bucket.params)

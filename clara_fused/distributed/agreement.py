@@ -117,7 +117,7 @@ class DisagreementWatch:
     """Finds ranks whose hyperparameters have come to differ, from the sum of their checksums' bits.
 
     All ranks agree if and only if every bit is set on all of them or on none, and all ranks see the same sum: NaN, if
-    one of them cannot take its step (`Ranks.fail`). On the CPU the error is raised in the very step; on a device the
+    one of them cannot take its step (`RankSums.fail`). On the CPU the error is raised in the very step; on a device the
     finding is copied to the host in the background and raised at a later step, because a step never waits for the
     device.
     """

@@ -57,7 +57,6 @@ class Collective:
     def __init__(self, group: Any, ranks: tuple[int, ...], mesh: Any, members: Sequence[Placed]) -> None:
         self.group, self.ranks, self.mesh, self.members = group, ranks, mesh, tuple(members)
         self._route: Route | None = None
-        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def groups_to_agree(self) -> list[Any]:
@@ -90,14 +89,6 @@ class Collective:
                 [(row, location) for location, (row, _) in members.items()],
             )
         return self._route
-
-    def index(self, rows: tuple[int, ...]) -> Tensor:
-        """The rows as a tensor to index with; remembers a few."""
-        if rows not in self._indices:
-            if len(self._indices) > 16:
-                self._indices.clear()
-            self._indices[rows] = on_device(rows, torch.int64, self.device)
-        return self._indices[rows]
 
     def start(self, numbers: Tensor) -> Any:
         """Begin to sum `numbers` in place; `wait()` on what is returned."""

@@ -26,12 +26,8 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     part: Any = cast("DTensor", tensor).to_local()
-    return cast(Tensor, part.wait() if _is_awaited(part) else part)
-
-
-def _is_awaited(part: object) -> bool:
-    """Whether this is a wrapper around the result of a collective (AsyncCollectiveTensor), not yet memory to read."""
-    return hasattr(part, "trigger_wait")
+    # A wrapper around the result of a collective (AsyncCollectiveTensor) is not yet memory to read.
+    return cast(Tensor, part.wait() if hasattr(part, "trigger_wait") else part)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -55,23 +51,19 @@ def placed_like(value: Tensor, param: Tensor) -> Tensor:
     return cast(DTensor, value).redistribute(mesh, placements)
 
 
-def placed_as_shard(part: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+def placed_as_shard(part: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
     """A DTensor with the mesh and placements of `like` whose part on this rank is `part`, sharing its memory.
 
     Nothing is sent.
 
     Args:
-        shape: of the whole tensor, contiguous; None: shape and strides of `like`.
+        shape: of the whole tensor, contiguous.
     """
     from torch.distributed.tensor import DTensor
 
     target = cast("DTensor", like)
-    stride = target.stride()
-    if shape is not None:
-        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return DTensor.from_local(
-        part, target.device_mesh, target.placements, run_check=False, shape=shape or target.shape, stride=stride
-    )
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(part, target.device_mesh, target.placements, run_check=False, shape=shape, stride=stride)
 
 
 def local_work(location: Location, param: Tensor, grad: Tensor, state: dict[str, Any]) -> TensorWork:
@@ -84,17 +76,5 @@ def local_work(location: Location, param: Tensor, grad: Tensor, state: dict[str,
         return TensorWork(location, param, grad, state)
     if grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = placed_like(grad, param)
-    return TensorWork(location, local(param), local(grad), _LocalState(state))
-
-
-class _LocalState(dict[str, Any]):
-    """The state of a DTensor parameter with this rank's parts as values; a value set here is set in the state."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        super().__init__({name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()})
-        self._state = state
-
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        super().__setitem__(name, value)
-        before = self._state[name]
-        self._state[name] = placed_as_shard(value, before) if is_dtensor(before) else value
+    parts = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return TensorWork(location, local(param), local(grad), parts)

@@ -6,10 +6,9 @@ same: the walk, the evidence and the scale of a tensor are the whole tensor's on
 
 Plain parameters under `process_group` are shards as well, with one exception: AdamClaraGlobal has no use for sums
 tensor by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of
-them. Their walks are those of what is here; a walk is linear in the sums, so the total is exact all the same. (FSDP1
-tells its shards by a mark, and wants 0-dim state to be equal on all ranks: they are summed tensor by tensor. Plain
-parameters beside them, its `ignored_modules`, are whole on every rank: each rank has sums of its own, and of the total
-they are counted once.)
+them. Their walks are those of what is here. (FSDP1 tells its shards by a mark, and wants 0-dim state to be equal on all
+ranks; DeepSpeed's partitions can be told as well: these are summed tensor by tensor. Plain parameters beside FSDP1's,
+its `ignored_modules`, are whole on every rank: each rank has sums of its own, and of the total they are counted once.)
 """
 
 from __future__ import annotations
@@ -35,34 +34,13 @@ from .agreement import (
     RanksDisagreeError,
     agreed_collectives,
     describe_hyperparameters,
-    known_lr,
 )
 from .collectives import Collective, on_device
 from .dtensors import local
-from .foreign import check_shards
-from .placement import (
-    ParamGroups,
-    ProcessGroupReference,
-    check_process_group,
-    holds_shards,
-    located,
-    needs_sums,
-    signature_of,
-)
+from .placement import ParamGroups, holds_shards, located, needs_sums, signature_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = [
-    "ProcessGroupReference",
-    "RankSums",
-    "RanksDisagreeError",
-    "check_process_group",
-    "check_shards",
-    "fail_together",
-    "join",
-    "needs_sums",
-]
 
 
 def join(optimizer: Any, inputs: StepInputs) -> tuple[RankSums | None, StepInputs]:
@@ -127,17 +105,13 @@ class RankSums:
         self._params = dict(located(optimizer.param_groups))
         self._signature = signature_of(optimizer.param_groups)
         self._watch = DisagreementWatch()
-        self._described: object = None
-        self._lines: list[str] = []
         self._inputs = inputs
         self._absent: list[AbsentTensors] = []
         # Whether this step's `found_inf` has been told to the other ranks.
         self._overflow_is_known = False
 
-        self._describe(inputs)
-        self._collectives, self._total = agreed_collectives(
-            self._params, self._process_group, inputs.one_scale, self._lines
-        )
+        lines = describe_hyperparameters(type(optimizer).__name__, inputs)
+        self._collectives, self._total = agreed_collectives(self._params, self._process_group, inputs.one_scale, lines)
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
         # Of a parameter outside of all collectives in the total: where no shards are known each rank has others.
         copies = len(self._total.ranks) if self._total and holds_shards(self._params.values()) else 1
@@ -231,16 +205,8 @@ class RankSums:
         if inputs.found_inf is not None:
             inputs = replace(inputs, found_inf=self._overflow_of_all_ranks(inputs.found_inf))
         self._inputs = inputs
-        self._describe(inputs)
+        self._watch.set_hyperparameters(describe_hyperparameters(type(self._optimizer()).__name__, inputs))
         return inputs
-
-    def _describe(self, inputs: StepInputs) -> None:
-        """Put the hyperparameters in words, anew where they have changed."""
-        seen = [known_lr(lr) for lr in inputs.lrs], list(inputs.options)
-        if seen != self._described:
-            name = type(self._optimizer()).__name__
-            self._described, self._lines = seen, describe_hyperparameters(name, inputs)
-            self._watch.set_hyperparameters(self._lines)
 
     def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:
         for collective in self._all_collectives:
@@ -263,7 +229,9 @@ class RankSums:
         if not self._collectives:
             return list(sums)
         locations = [location for bucket in buckets for location in bucket.locations]
-        own = _concatenated(sums, self._collectives[0].device)
+        device = self._collectives[0].device
+        nothing = torch.zeros(0, len(adaptation.PathSums._fields), dtype=torch.float64, device=device)
+        own = torch.cat([nothing, *(moved(part, device) for part in sums)])
         sent = []
         for collective in self._collectives:
             route = collective.route(locations, own.device)
@@ -302,7 +270,7 @@ class RankSums:
         return [
             AbsentTensors(
                 [location for _, location in found],
-                moved(sums[collective.index(tuple(row for row, _ in found))], device),
+                moved(torch.stack([sums[row] for row, _ in found]), device),
                 [self._state_of(location) or self._create_state(location) for _, location in found],
                 self._inputs,
             )
@@ -368,12 +336,6 @@ class RankSums:
                 numbers = len(adaptation.PathSums._fields) * len(collective.members)
             nothing = torch.full((CHECKSUM_BITS + numbers,), math.nan, dtype=torch.float64, device=collective.device)
             collective.start(nothing).wait()
-
-
-def _concatenated(sums: Sequence[Tensor], device: torch.device) -> Tensor:
-    if not sums:
-        return torch.zeros(0, len(adaptation.PathSums._fields), dtype=torch.float64, device=device)
-    return torch.cat([moved(part, device) for part in sums])
 
 
 def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]]) -> Tensor:

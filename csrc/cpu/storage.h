@@ -30,7 +30,6 @@ typedef float FloatVector __attribute__((vector_size(CLARA_VECTOR_BYTES)));
 typedef double DoubleVector __attribute__((vector_size(CLARA_VECTOR_BYTES)));
 typedef uint32_t BitsVector __attribute__((vector_size(CLARA_VECTOR_BYTES)));
 typedef uint16_t HalfBitsVector __attribute__((vector_size(CLARA_VECTOR_BYTES / 2)));
-typedef float HalfFloatVector __attribute__((vector_size(CLARA_VECTOR_BYTES / 2)));
 
 template <typename T>
 struct VectorOf;
@@ -125,23 +124,6 @@ inline HalfBitsVector rounded_to_float16(FloatVector value) {
 #endif
 }
 
-// float32 rounded to odd: a further rounding of the result to fewer bits gives what one rounding would have given.
-inline float rounded_to_odd(double value) {
-  const float nearest = static_cast<float>(value);
-  const double error = value - static_cast<double>(nearest);
-  const uint32_t bits = bits_as<uint32_t>(nearest);
-  const bool exact_odd_or_special = !(error != 0.0) || (bits & 1u) != 0u || (bits & 0x7F800000u) == 0x7F800000u;
-  if (exact_odd_or_special) return nearest;
-  const bool away_from_zero = (error > 0.0) == (value > 0.0);
-  return bits_as<float>(away_from_zero ? bits + 1u : bits - 1u);
-}
-
-inline uint16_t rounded_to_bfloat16(float value) {
-  const uint32_t bits = bits_as<uint32_t>(value);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
 // ---------------------------------------------------------------------------------------------------------------
 // load<V>(from), store(vector, to): one vector of elements
 // ---------------------------------------------------------------------------------------------------------------
@@ -162,21 +144,7 @@ struct Stored<FloatVector> {
 template <>
 struct Stored<DoubleVector> {
   static inline DoubleVector load(const double* from) { return read_as<DoubleVector>(from); }
-  static inline DoubleVector load(const float* from) {
-    return __builtin_convertvector(read_as<HalfFloatVector>(from), DoubleVector);
-  }
-  static inline DoubleVector load(const BFloat16* from) {
-    DoubleVector value;
-    for (int i = 0; i < kLanes<double>; ++i) value[i] = bits_as<float>(static_cast<uint32_t>(from[i].bits) << 16);
-    return value;
-  }
   static inline void store(DoubleVector value, double* to) { write_as(value, to); }
-  static inline void store(DoubleVector value, float* to) {
-    write_as(__builtin_convertvector(value, HalfFloatVector), to);
-  }
-  static inline void store(DoubleVector value, BFloat16* to) {
-    for (int i = 0; i < kLanes<double>; ++i) to[i].bits = rounded_to_bfloat16(rounded_to_odd(value[i]));
-  }
 };
 
 }  // namespace

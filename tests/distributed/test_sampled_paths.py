@@ -43,13 +43,18 @@ def whole(value: Tensor) -> Tensor:
 
 
 def compare(
-    variant: str, mesh_shape: tuple[int, ...], placements: list[Any], shape: tuple[int, ...], fraction: float = 1 / 16
+    variant: str,
+    mesh_shape: tuple[int, ...],
+    placements: list[Any],
+    shape: tuple[int, ...],
+    fraction: float = 1 / 16,
+    fused: bool | None = None,
 ) -> tuple[int, ...]:
     """A sharded and a whole parameter, of which this fraction has a path, step by step; the shape of the path."""
     mesh = init_device_mesh("cpu", mesh_shape)
     alone = nn.Parameter(initial(shape))
     param = nn.Parameter(distributed(alone.detach(), mesh, placements))
-    sharded_optimizer = VARIANTS[variant]([param], **MOVING)
+    sharded_optimizer = VARIANTS[variant]([param], **MOVING, fused=fused)
     optimizer = VARIANTS[variant]([alone], **MOVING, path_fraction=fraction)
     for step in range(STEPS):
         alone.grad = given(step, shape)
@@ -81,10 +86,12 @@ KEEPS_THE_SAMPLE: dict[str, tuple[tuple[int, ...], list[Any], tuple[int, ...]]] 
 }
 
 
+@pytest.mark.parametrize("fused", [False, None], ids=["torch", "any"])
 @pytest.mark.parametrize("variant", ["Global", "Local"])
 @pytest.mark.parametrize("case", KEEPS_THE_SAMPLE)
-def test_shards_keep_the_path_of_the_same_sample(world2: World, case: str, variant: str) -> None:
-    for path in world2.run(compare, variant, *KEEPS_THE_SAMPLE[case]):
+def test_shards_keep_the_path_of_the_same_sample(world2: World, case: str, variant: str, fused: bool | None) -> None:
+    """Also shards so small that a tensor of their size would keep its whole path."""
+    for path in world2.run(compare, variant, *KEEPS_THE_SAMPLE[case], 1 / 16, fused):
         assert math.prod(path) * 16 == math.prod(KEEPS_THE_SAMPLE[case][2])
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from helpers import LIVELY, VARIANTS, StepCheck, all_params, clones, parameters, results, set_gradients, snapshot, train
+from helpers import (
+    LIVELY,
+    VARIANTS,
+    StepCheck,
+    UnreadByTheHost,
+    all_params,
+    clones,
+    parameters,
+    results,
+    set_gradients,
+    snapshot,
+    train,
+)
 
 SCALE = 1024.0
 
@@ -79,9 +92,12 @@ def test_frameworks_see_skipped_steps(variant: str) -> None:
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("decides", [nullcontext, UnreadByTheHost], ids=["host", "device"])
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1 element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_found_inf_leaves_every_bit(dtype: torch.dtype, shape: tuple[int, ...], variant: str, fused: bool) -> None:
+def test_found_inf_leaves_every_bit(
+    dtype: torch.dtype, shape: tuple[int, ...], decides: Any, variant: str, fused: bool
+) -> None:
     """Also where the gradients themselves are inf and nan, under amsgrad, and of tensors with a sample."""
     params = parameters([(5, 3), (7,), (2, 3, 4), (64, 1024)], dtype)
     optimizer = VARIANTS[variant](params, amsgrad=True, fused=fused, **LIVELY[variant])
@@ -93,7 +109,8 @@ def test_found_inf_leaves_every_bit(dtype: torch.dtype, shape: tuple[int, ...], 
     optimizer.grad_scale = torch.full(shape, 8.0)
     optimizer.found_inf = torch.full(shape, 1.0)
     for _ in range(2):
-        optimizer.step()
+        with decides():
+            optimizer.step()
     assert snapshot(optimizer) == before
     del optimizer.grad_scale, optimizer.found_inf
     check = StepCheck(variant, optimizer)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import math
 import pkgutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from helpers import (
     VARIANTS,
     WALK,
     StepCheck,
+    UnreadByTheHost,
     all_params,
     clones,
     frozen,
@@ -307,6 +310,20 @@ def test_weights_without_foreach(fused: bool | None, shape: tuple[int, ...], var
         assert optimizer.state[odd[1]]["step"].item() == step + 1
         torch.testing.assert_close(odd[1].detach().inner, plain[1].detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(odd[0], plain[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("decides", [nullcontext, UnreadByTheHost], ids=["host", "device"])
+def test_overflow_leaves_weights_without_foreach(decides: Any, variant: str) -> None:
+    """Decided on a device it was a step of inf times 0, so nan."""
+    (param,) = parameters([(7,)])
+    param.data[3] = -0.0
+    odd = torch.nn.Parameter(Quantized(param.detach().clone()))
+    optimizer = VARIANTS[variant]([odd], **{**LIVELY[variant], "weight_decay": 0.1}, decoupled_weight_decay=True)
+    odd.grad = torch.tensor([math.inf, math.nan, 1.0, 1.0, 1.0, -math.inf, 0.0])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    with decides():
+        optimizer.step()
+    assert torch.equal(odd.detach().inner.view(torch.int32), param.detach().view(torch.int32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
