@@ -6,7 +6,7 @@
 
 The tensors have 64 elements, so that next to nothing but the cost per step and per tensor is left. Measured twice: with
 gradients in all tensors, and with gradients that come and go, at every step in another random half of them. On a GPU
-the call is timed, not the device's work. Writes cpu_overhead-<device>.json and its plot.
+the call is timed, not the device's work. Writes cpu_overhead-<device>.json.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
-from harness import plots
 from harness.clocks import Step
 from harness.contenders import BASELINE
 from harness.models import small_tensors
-from harness.report import Row, Session, benchmark_parser, console, duration, style_of, table
+from harness.report import Session, benchmark_parser
 from harness.statistics import measure_interleaved
+from harness.tables import Row, overhead_table
 
 DEFAULT_TENSORS = (10, 30, 100, 300, 1000, 3000)
 DEFAULT_OPTIMIZERS = (
@@ -47,15 +46,12 @@ class HostClock:
         seconds = 0.0
         for _ in range(steps):
             self._before()
-            self.synchronize()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             started = time.perf_counter()
             step()
             seconds += time.perf_counter() - started
         return seconds / steps
-
-    def synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 class Gradients:
@@ -77,20 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensors", nargs="+", type=int, default=list(DEFAULT_TENSORS), metavar="COUNT")
     args = parser.parse_args(arguments)
     session = Session("cpu_overhead", args)
-    with Progress(console=console, transient=True) as progress:
-        for count in progress.track(args.tensors, description="tensors"):
-            for gradients in ("all", "changing"):
-                measure(session, count, gradients)
-    for gradients in ("all", "changing"):
-        print_results([row for row in session.results if row["gradients"] == gradients], args.tensors, gradients)
-    return session.finish(plots.plot_cpu_overhead, costs=linear_costs(session.results))
+    for count in args.tensors:
+        for gradients in ("all", "changing"):
+            measure(session, count, gradients)
+    return session.finish(overhead_table, costs=linear_costs(session.results))
 
 
 def measure(session: Session, count: int, gradients: str) -> None:
     params = small_tensors(count).parameters(torch.float32, session.device)
     before = Gradients(params, gradients == "changing")
     # Every optimizer creates all its state in the warm-up, where all tensors have gradients.
-    steps = session.warmed(session.names, lambda contender: contender.build(params).step, f"{count} tensors")
+    steps = session.warmed(
+        session.names, lambda contender: contender.build(params).step, f"{count} tensors, {gradients} gradients"
+    )
     if steps:
         clock = HostClock(session.device, before)
         samples = measure_interleaved(steps, clock, BASELINE, max_seconds=session.args.seconds / 2)
@@ -115,19 +110,6 @@ def linear_costs(results: Sequence[Row]) -> list[Row]:
             "seconds_per_step": float(f"{max(per_step, 0.0):.4g}"), "seconds_per_tensor": float(f"{per_tensor:.4g}"),
         })  # fmt: skip
     return costs
-
-
-def print_results(results: Sequence[Row], counts: Sequence[int], gradients: str) -> None:
-    what = "gradients in all tensors" if gradients == "all" else "gradients in another random half at every step"
-    made = table(f"Host time per step by number of tensors, {what}", "optimizer", *map(str, counts), "per tensor")
-    costs = {cost["optimizer"]: duration(cost["seconds_per_tensor"]) for cost in linear_costs(results)}
-    for name in dict.fromkeys(row["optimizer"] for row in results):
-        rows = {row["tensors"]: row for row in results if row["optimizer"] == name}
-        cells = [f"{duration(r['seconds']['median'])} ({r['ratio']['median']:.2f}×)" if (r := rows.get(count)) else ""
-                 for count in counts]  # fmt: skip
-        first = next(iter(rows.values()))
-        made.add_row(first["label"], *cells, costs.get(name, ""), style=style_of(first))
-    console.print(made)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Run on a GPU machine everything that needs one: build, tests, sanitizer, benchmarks, profiles, a training run.
 #   benchmarks/device_pass.sh [--out DIR] [--seconds N] [--train-seconds N] [--archive] [PART ...]
-# Parts: build tests sanitizer tune step-time graph overhead end-to-end nsys ncu train; all but tune, end-to-end and nsys by
-# default, which takes about nine minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time;
-# whatever is timed has the machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks'
-# files, device-pass.json with how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it
-# ends in that time, on a machine lent for so long; the parts that find none left are not run. --archive leaves one
+# Parts: build tests sanitizer tune step-time overhead end-to-end ncu train; all but tune and end-to-end by default, which
+# takes about nine minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time; whatever is
+# timed has the machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files,
+# device-pass.json with how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it ends in
+# that time, on a machine lent for so long; the parts that find none left are not run. --archive leaves one
 # device-pass.tar.gz in place of logs and profiles. Outside a git checkout CLARA_COMMIT tells the commit.
 # Exit codes: 0 every part passed or lacked its profiler, 1 a part failed or found no time, 2 bad arguments, 3 no usable
 # CUDA device.
@@ -15,8 +15,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$here")
 python=$repository/.venv/bin/python
 [ -x "$python" ] || python=python3
-all_parts=(build tests sanitizer tune step-time graph overhead end-to-end nsys ncu train)
-default_parts=(build tests sanitizer step-time graph overhead ncu train)
+all_parts=(build tests sanitizer tune step-time overhead end-to-end ncu train)
+default_parts=(build tests sanitizer step-time overhead ncu train)
 out=$here/results
 part_seconds=600
 train_seconds=200
@@ -101,18 +101,8 @@ $tool initcheck $target local --steps 2
 TEXT
 }
 
-step_time() {
-    "$python" benchmarks/step_time.py --device cuda --no-plots "$@"
-}
-
 profile() {
-    local status
-    while read -r arguments; do
-        # shellcheck disable=SC2086  # words
-        "benchmarks/profile_$1.sh" --out "$out" $arguments
-        status=$?
-        [ $status -eq 0 ] || return $status
-    done
+    "$python" benchmarks/profile_ncu.py --out "$out" "$@"
 }
 
 run_part() {
@@ -126,34 +116,20 @@ run_part() {
         sanitizer) sanitize ;;
         tune) benchmarks/tune_kernels.sh ;;
         step-time)
-            step_time --out "$out" --seconds 6 --models gpt2-small gpt2-xl one-350m small-1000x64 \
+            "$python" benchmarks/step_time.py --device cuda --seconds 6 --out "$out" \
+                --models gpt2-small gpt2-xl one-350m small-1000x64 \
                 --optimizers adam-fused adam-foreach apex global local smoothed ;;
-        graph)
-            step_time --out "$out/graph" --graph --seconds 3 --models gpt2-small small-1000x64 \
-                --optimizers adam-fused global local smoothed &&
-                mv "$out/graph/step_time-cuda.json" "$out/step_time_graph-cuda.json" && rmdir "$out/graph" ;;
         overhead)
-            "$python" benchmarks/cpu_overhead.py --device cuda --no-plots --seconds 2 --tensors 10 100 1000 3000 \
-                --optimizers adam-fused adam-foreach global local smoothed --out "$out" ;;
-        end-to-end) "$python" benchmarks/end_to_end.py --device cuda --no-plots --out "$out" ;;
-        nsys)
-            profile nsys <<TEXT
-gpt2-small global
-gpt2-small local
-TEXT
-            ;;
+            "$python" benchmarks/cpu_overhead.py --device cuda --seconds 2 --out "$out" --tensors 10 100 1000 3000 \
+                --optimizers adam-fused adam-foreach global local smoothed ;;
+        end-to-end) "$python" benchmarks/end_to_end.py --device cuda --out "$out" ;;
         ncu)
-            profile ncu <<TEXT
-gpt2-small local
---dtype bfloat16 gpt2-small local
-one-350m local
-gpt2-small adam-fused
-TEXT
-            ;;
+            profile gpt2-small local && profile gpt2-small local --dtype bfloat16 && profile one-350m local &&
+                profile gpt2-small adam-fused ;;
         train) "$python" benchmarks/train_gpt.py --device cuda --seconds "$train_seconds" --out "$out" ;;
     esac
 }
-export -f run_part at_once run_tests sanitize step_time profile
+export -f run_part at_once run_tests sanitize profile
 export python out missing_profiler train_seconds
 
 # Runs a part; its log and, for the table, a line in $status/PART.
@@ -198,21 +174,9 @@ for record in "${records[@]}"; do
     [[ $record == *"|passed|"* || $record == *"|not run: no profiler|"* ]] || failed=1
 done
 
-printf '%s\n' "${records[@]}" | PYTHONPATH=$here:$PYTHONPATH "$python" -c '
-import json, sys, torch
-from harness.environment import describe_environment
-rows = [line.rstrip("\n").split("|") for line in sys.stdin]
-record = {
-    **describe_environment(torch.device("cuda", torch.cuda.current_device())),
-    "parts": [{"part": part, "result": result, "seconds": int(seconds)} for part, result, seconds in rows],
-}
-with open(sys.argv[1], "w") as file:
-    json.dump(record, file, indent=2)
-    file.write("\n")
-' "$out/device-pass.json"
-"$python" benchmarks/device_report.py "$out"
+printf '%s\n' "${records[@]}" | "$python" benchmarks/device_report.py "$out"
 if [ -n "$archive" ]; then
-    (cd "$out" && find . -maxdepth 1 \( -name 'device-pass-*.log' -o -name 'ncu-*' -o -name 'nsys-*' \) -print0 |
+    (cd "$out" && find . -maxdepth 1 \( -name 'device-pass-*.log' -o -name 'ncu-*' \) -print0 |
         tar czf device-pass.tar.gz --null --remove-files --files-from -)
 fi
 exit $failed

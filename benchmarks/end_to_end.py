@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 
 from harness.clocks import make_clock
 from harness.contenders import BASELINE, Contender
 from harness.environment import REPOSITORY
-from harness.report import Row, Session, benchmark_parser, checked_choices, console, duration, style_of, table
+from harness.report import Session, benchmark_parser, checked_choices
 from harness.statistics import measure_interleaved, summarize
+from harness.tables import training_table
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
@@ -101,11 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help=f"of {', '.join(SIZES)}; default: those that suit the device")  # fmt: skip
     args = parser.parse_args(arguments)
     session = Session("end_to_end", args)
-    with Progress(console=console, transient=True) as progress:
-        for name in progress.track(args.sizes or DEFAULT_SIZES[session.device.type], description="sizes"):
-            measure(session, name)
-            print_size([row for row in session.results if row["size"] == name])
-    return session.finish()
+    for name in args.sizes or DEFAULT_SIZES[session.device.type]:
+        measure(session, name)
+    return session.finish(training_table)
 
 
 def measure(session: Session, size_name: str) -> None:
@@ -130,22 +128,6 @@ def measure(session: Session, size_name: str) -> None:
             optimizer_seconds=summarize([own for own, _ in parts]).as_json(),
             optimizer_share=summarize([own / total for own, total in parts]).median,
         )  # fmt: skip
-
-
-def print_size(rows: Sequence[Row]) -> None:
-    if not rows:
-        return
-    first = rows[0]
-    size = f"{first['elements'] / 1e6:.3g} M parameters in {first['tensors']} tensors"
-    title = f"Character GPT, {first['size']}: {size}, batches of {first['batch']} × {first['context']}"
-    made = table(title, "optimizer", "training step", "ratio", "± 95%", "optimizer", "share")
-    for row in rows:
-        made.add_row(
-            row["label"], duration(row["seconds"]["median"]), f"{row['ratio']['median']:.3f}",
-            f"{row['ratio']['error']:.3f}", duration(row["optimizer_seconds"]["median"]),
-            f"{row['optimizer_share']:.1%}", style=style_of(row),
-        )  # fmt: skip
-    console.print(made)
 
 
 if __name__ == "__main__":

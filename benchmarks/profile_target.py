@@ -16,7 +16,7 @@ import torch
 
 from harness.contenders import CONTENDERS, Unavailable
 from harness.models import MODELS, ModelShapes
-from harness.report import NOTHING_MEASURED, checked_choices, console
+from harness.report import NOTHING_MEASURED, checked_choices
 
 WARM_UP_STEPS = 5
 # Small, for the sanitizers: ends of vectors and chunks, tensors without elements, and samples with runs of 1024 and 64.
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="recorded; default: %(default)s")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        console.print("skipped: PyTorch finds no usable CUDA device")
+        print("skipped: PyTorch finds no usable CUDA device")
         return NOTHING_MEASURED
 
     params = PROFILED[args.model].parameters(getattr(torch, args.dtype), torch.device("cuda"))
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         step = contender.build(params).step
     except Unavailable as error:
-        console.print(f"skipped: {error}")
+        print(f"skipped: {error}")
         return NOTHING_MEASURED
     for _ in range(WARM_UP_STEPS):
         step()

@@ -21,7 +21,8 @@ import torch
 
 from harness.contenders import VARIANTS
 from harness.models import MODELS, ModelShapes, Shape
-from harness.report import Row, Session, benchmark_parser, checked_choices, console, table
+from harness.report import Session, benchmark_parser, checked_choices
+from harness.tables import state_table
 
 DEFAULT_MODELS = ("gpt2-small", "llama-1b", "resnet50")
 # Rows are left out while this many elements remain, more than a tensor needs to have its path sampled.
@@ -53,7 +54,7 @@ def shortened(shape: Shape) -> tuple[Shape, int]:
 
 
 def state_bytes(build: Build, model: ModelShapes, dtype: torch.dtype) -> int:
-    """Of all tensors in the states after a step, and of tensors in the param groups but the parameters."""
+    """Of all tensors in the states after a step."""
     total = 0
     for shape, count in Counter(model.shapes).items():
         small, divisor = shortened(shape)
@@ -79,24 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     session = Session("state_bytes", args)
     for dtype in ("float32", "bfloat16"):
-        columns = [MODELS[name].description for name in args.models]
-        made = table(f"bytes of state per parameter, {dtype}", "optimizer", *columns)
         for label, build in OPTIMIZERS.items():
-            rows: list[Row] = []
             for model in (MODELS[name] for name in args.models):
                 try:
                     found = state_bytes(build, model, getattr(torch, dtype)) / model.elements
                 except ImportError as error:
-                    console.print(f"not measured: {label}: {error}")
+                    print(f"not measured: {label}: {error}")
                     break
-                rows.append({
+                session.results.append({
                     "model": model.name, "description": model.description, "dtype": dtype, "optimizer": label,
                     "label": label, "bytes_per_parameter": round(found, 4),
                 })  # fmt: skip
-            session.results += rows
-            made.add_row(label, *(f"{row['bytes_per_parameter']:.3f}" for row in rows))
-        console.print(made)
-    return session.finish()
+    return session.finish(state_table, lambda document: state_table(document, "bfloat16"))
 
 
 if __name__ == "__main__":

@@ -3,41 +3,26 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --models gpt2-small --dtypes float32 --optimizers adam-foreach smoothed
-    python benchmarks/step_time.py --device cuda --graph
 
 All optimizers of a model step the same parameters in one process, in rounds of random order; ratios are taken round by
-round against torch.optim.Adam(fused=True). Writes step_time-<device>.json and its plots.
+round against torch.optim.Adam(fused=True). Writes step_time-<device>.json.
 """
 
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from rich.progress import Progress
-from torch import Tensor
 
-from harness import plots
-from harness.clocks import Step, StreamLoops, graphed, make_clock
-from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, Contender, Unavailable
+from harness.clocks import StreamLoops, make_clock
+from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS
 from harness.environment import available_memory
 from harness.memory import give_back_freed_memory, peak_extra_bytes
 from harness.models import DEFAULT_MODELS, MODELS, ModelShapes
-from harness.report import (
-    Row,
-    Session,
-    benchmark_parser,
-    bytes_text,
-    checked_choices,
-    console,
-    duration,
-    style_of,
-    table,
-)  # fmt: skip
+from harness.report import Session, benchmark_parser, checked_choices
 from harness.statistics import all_seconds, measure_interleaved, ratios, summarize
+from harness.tables import Row, bandwidth_table, bytes_text, step_time_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 WARM_UP_STEPS = 2
@@ -47,7 +32,6 @@ MEMORY_SHARE = {"cpu": 0.35, "cuda": 0.9}
 # At most, per model and dtype. A CPU's steps take longer, and other users of its memory make them less even.
 SECONDS = {"cpu": 20.0, "cuda": 15.0}
 ROUNDS = {"cpu": 40, "cuda": 200}
-NEVER_GRAPHED = {"adam-loop"}  # keeps its step count on the host
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help=f"of {', '.join(MODELS)}; default: those that suit the device")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"],
                         help="of the parameters; default: float32 bfloat16")  # fmt: skip
-    parser.add_argument("--graph", action="store_true", help="replay every step from a CUDA graph")
     args = parser.parse_args(arguments)
     session = Session("step_time", args)
     args.seconds = args.seconds or SECONDS[session.device.type]
@@ -64,15 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory = MEMORY_SHARE[session.device.type] * available_memory(session.device)
     models = [MODELS[name] for name in args.models or DEFAULT_MODELS[session.device.type]]
     bandwidths: list[Row] = []
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(models) * len(args.dtypes))
-        for model in models:
-            for dtype in args.dtypes:
-                progress.update(bar, description=f"{model.description}, {dtype}")
-                measure(session, model, dtype, memory, bandwidths)
-                progress.advance(bar)
-                print_model(session.results, bandwidths, model, dtype)
-    return session.finish(plots.plot_step_time, bandwidths=bandwidths, graph=args.graph)
+    for model in models:
+        for dtype in args.dtypes:
+            measure(session, model, dtype, memory, bandwidths)
+    return session.finish(step_time_tables, bandwidth_table, bandwidths=bandwidths)
 
 
 def measure(session: Session, model: ModelShapes, dtype: str, memory: float, bandwidths: list[Row]) -> None:
@@ -112,15 +90,15 @@ def groups_that_fit(session: Session, model: ModelShapes, dtype: str, memory: fl
 def measure_group(
     session: Session, model: ModelShapes, dtype: str, group: Sequence[str], seconds: float, bandwidths: list[Row]
 ) -> None:
-    device, graph = session.device, session.args.graph
+    device = session.device
     params = model.parameters(DTYPES[dtype], device)
     clock = make_clock(device)
     steps = session.warmed(
-        group, lambda contender: step_of(contender, params, device, graph), f"{model.name} {dtype}", WARM_UP_STEPS
+        group, lambda contender: contender.build(params).step, f"{model.name} {dtype}", WARM_UP_STEPS
     )
     if not steps:
         return
-    extra = {name: None if graph else peak_extra_bytes(step, device) for name, step in steps.items()}
+    extra = {name: peak_extra_bytes(step, device) for name, step in steps.items()}
     loops = StreamLoops(device)
     samples = measure_interleaved(
         {**steps, **loops.steps()}, clock, BASELINE, max_seconds=seconds, max_rounds=ROUNDS[device.type]
@@ -146,52 +124,6 @@ def measure_group(
             bandwidth=moved / summarize(all_seconds(samples, name)).median,
             bandwidth_share=summarize(shares).as_json() if shares else None, peak_extra_bytes=extra[name],
         )  # fmt: skip
-
-
-def step_of(contender: Contender, params: Sequence[Tensor], device: torch.device, graph: bool) -> Step:
-    if graph and contender.name in NEVER_GRAPHED:
-        raise Unavailable("waits for the device in a step, so it cannot be captured in a CUDA graph")
-    optimizer = contender.build(params)
-    if not graph:
-        return optimizer.step
-    for group in optimizer.param_groups:
-        if "capturable" in group:
-            group["capturable"] = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return captured(optimizer.step, device)
-
-
-def captured(step: Callable[[], Any], device: torch.device) -> Step:
-    """Warm up on a side stream, as graph capture asks for, then capture."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
-            step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graphed(step, device)
-
-
-def print_model(results: Sequence[Row], bandwidths: Sequence[Row], model: ModelShapes, dtype: str) -> None:
-    rows = [row for row in results if row["model"] == model.name and row["dtype"] == dtype]
-    if not rows:
-        return
-    title = f"{model.description}, {dtype}: {model.elements:,} elements in {len(model.shapes)} tensors"
-    made = table(title, "optimizer", "per step", "quartiles", "ratio", "± 95%", "B/element", "GB/s", "of loop", "extra")
-    for row in rows:
-        seconds, ratio, share, extra = row["seconds"], row["ratio"], row["bandwidth_share"], row["peak_extra_bytes"]
-        made.add_row(
-            row["label"], duration(seconds["median"]),
-            f"{duration(seconds['quartile_low'])} – {duration(seconds['quartile_high'])}",
-            f"{ratio['median']:.3f}", f"{ratio['error']:.3f}", f"{row['bytes_per_element']:.4g}",
-            f"{row['bandwidth'] / 1e9:.1f}", "" if share is None else f"{share['median']:.0%}",
-            "" if extra is None else bytes_text(extra), style=style_of(row),
-        )  # fmt: skip
-    console.print(made)
-    loops = next(each for each in bandwidths if each["model"] == model.name and each["dtype"] == dtype)
-    rates = (f"{name} {loops[name]['median'] / 1e9:.1f} GB/s" for name in ("copy", "in-place"))
-    console.print(f"simple loops: {', '.join(rates)}\n")
 
 
 if __name__ == "__main__":

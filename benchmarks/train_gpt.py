@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clara_fused
-from harness.environment import REPOSITORY, describe_environment
+from harness.environment import describe_environment
+from harness.report import DEFAULT_RESULTS
+from harness.tables import loss_text
 
 RATES = (1e-5, 1e-3, 1e-1)
 WARM_UP_SHARE = 0.05
@@ -276,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = finished(Run(args, CONTENDERS[name], rate, device), text, validation, steps)
         runs.append({"optimizer": name, "label": CONTENDERS[name].label, "rate": rate, **result})
         scales = ", ".join(f"{scale:.3g}" for scale in result["lr_scale"])
-        losses = [shown(result[key]) for key in ("final_training_loss", "validation_loss")]
+        losses = [loss_text(result[key]) for key in ("final_training_loss", "validation_loss")]
         seconds = f"{result['seconds_per_step'] * 1e3:.1f}"
         print(columns(CONTENDERS[name].label, f"{rate:.0e}", *losses, scales, seconds), flush=True)
 
@@ -292,15 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def shown(loss: float | None) -> str:
-    return "diverged" if loss is None else f"{loss:.4f}"
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
-    add("--out", type=Path, default=REPOSITORY / "benchmarks" / "results", metavar="DIR")
+    add("--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR")
     add("--seconds", type=float, default=300.0, help="in all; default: %(default)s")
     add("--steps", type=int, help="of every run; default: as many as fit into the time")
     add("--optimizers", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Compare differently tuned builds of the CUDA kernels (csrc/cuda/tuning.h) on a GPU, without Python.
-#   benchmarks/tune_kernels.sh [--build-only] [--arch 90] [MODEL ...]
-# Models: gpt2-small gpt2-xl one-350m small-1000x64; the first three by default. All builds are compiled at the same
-# time, into build/tune, and then run one after the other; a line per build, model and type of parameters.
-set -euo pipefail
+# Compare differently tuned builds of the CUDA kernels (csrc/cuda/tuning.h) on a GPU.
+#   benchmarks/tune_kernels.sh
+# Builds the core with one setting after the other, times a step of AdamClaraLocal with each, into build/tune/NAME, and at
+# last builds the core as usual again. Exit codes: 0 all were measured, 1 a build or a measurement failed.
+set -uo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
 # A name, and what it sets of CLARA_CUDA_...
-builds=(
+settings=(
     "default"
     "vectors2 UPDATE_VECTORS=2 UPDATE_THREADS_PER_SM=768"
     "chunk4096 CHUNK=4096"
@@ -21,32 +23,28 @@ builds=(
     "measure2 MEASURE_VECTORS=2 MEASURE_THREADS_PER_SM=768"
     "vectors2-threads128 UPDATE_VECTORS=2 UPDATE_THREADS_PER_SM=768 THREADS=128"
 )
-arch=
-build_only=
-models=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        --build-only) build_only=1; shift ;;
-        --arch) arch=${2:?--arch takes a number}; shift 2 ;;
-        *) models+=("$1"); shift ;;
-    esac
-done
-[ ${#models[@]} -gt 0 ] || models=(gpt2-small gpt2-xl one-350m)
-[ -n "$arch" ] || arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 
-mkdir -p build/tune
+# nvcc adds NVCC_APPEND_FLAGS to its command line. ninja does not know of them: it compiles anew because the header has
+# a new date.
 build() {
-    read -r name settings <<<"$1"
-    [ ! -x "build/tune/$name" ] || return 0
-    # shellcheck disable=SC2086  # words
-    nvcc -std=c++17 -O3 -DNDEBUG -gencode="arch=compute_$2,code=sm_$2" $(printf -- '-DCLARA_CUDA_%s ' $settings) \
-        benchmarks/time_kernels.cu csrc/cuda/*.cu -o "build/tune/$name" 2>"build/tune/$name.log" ||
-        { echo "$name does not compile: build/tune/$name.log"; rm -f "build/tune/$name"; }
+    touch csrc/cuda/tuning.h
+    NVCC_APPEND_FLAGS="$*" CLARA_BUILD=cuda "$python" setup.py --quiet build_ext --inplace
 }
-export -f build
-printf '%s\n' "${builds[@]}" | xargs -P "$(nproc)" -d '\n' -I{} bash -c "build '{}' $arch"
-[ -z "$build_only" ] || exit 0
-for line in "${builds[@]}"; do
-    name=${line%% *}
-    [ ! -x "build/tune/$name" ] || "build/tune/$name" "$name" "${models[@]}"
+
+measure() {
+    "$python" benchmarks/step_time.py --device cuda --seconds 2 --models gpt2-xl one-350m --optimizers local \
+        --out "build/tune/$1"
+}
+
+failed=0
+trap 'build || exit 1' EXIT # also where this is interrupted, so that nobody goes on with a tuned core
+for setting in "${settings[@]}"; do
+    echo "== $setting"
+    read -r name values <<<"$setting"
+    flags=()
+    for value in $values; do
+        flags+=("-DCLARA_CUDA_$value")
+    done
+    { build "${flags[@]}" && measure "$name"; } || failed=1
 done
+exit $failed

@@ -25,8 +25,6 @@ class Clock(Protocol):
         """Mean time of `steps` calls in a row."""
         ...
 
-    def synchronize(self) -> None: ...
-
 
 class CpuClock:
     """Leaves the cache as it is: a CPU's is small against lists of large tensors, and has other users as well."""
@@ -38,9 +36,6 @@ class CpuClock:
         for _ in range(steps):
             step()
         return (time.perf_counter() - started) / steps
-
-    def synchronize(self) -> None:
-        pass
 
 
 class CudaClock:
@@ -66,24 +61,12 @@ class CudaClock:
             start.record()
             step()
             end.record()
-        self.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) / steps / 1e3
-
-    def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)
+        return sum(start.elapsed_time(end) for start, end in events) / steps / 1e3
 
 
 def make_clock(device: torch.device, flush_cache: bool = True) -> Clock:
     return CudaClock(device, flush_cache) if device.type == "cuda" else CpuClock()
-
-
-def graphed(step: Step, device: torch.device) -> Step:
-    """The step captured in a CUDA graph; call it after warm-up steps. Returns what replays it."""
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 class StreamLoops:

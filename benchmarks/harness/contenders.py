@@ -62,10 +62,6 @@ class Contender:
     def is_ours(self) -> bool:
         return self.path_fraction is not None
 
-    @property
-    def runs_core(self) -> bool:
-        return self.is_ours and "@" not in self.name
-
     def traffic(self, dtype: torch.dtype, shapes: Sequence[Shape] = ()) -> Traffic:
         """For tensors of these shapes; without shapes, for large ones."""
         moment = max(4, dtype.itemsize) if self.wide_moments else dtype.itemsize

@@ -26,9 +26,9 @@ class ModelShapes:
     def elements(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def parameters(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
+    def parameters(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Parameters and gradients of random values; one block of them, repeated: to draw all takes longer."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         noise = torch.randn(NOISE_BLOCK, generator=generator).to(dtype=dtype, device=device)
         params = []
         for shape in self.shapes:
@@ -48,7 +48,7 @@ def repeated(block: Tensor, shape: Shape) -> Tensor:
     return filled
 
 
-def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> tuple[Shape, ...]:
+def gpt2(layers: int, width: int) -> tuple[Shape, ...]:
     """GPT-2: learned positions, biases everywhere, output tied to the embedding."""
     block: list[Shape] = [
         (width,), (width,),  # layer norm
@@ -56,21 +56,20 @@ def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) 
         (width,), (width,),  # layer norm
         (width, 4 * width), (4 * width,), (4 * width, width), (width,),  # perceptron
     ]  # fmt: skip
-    return ((vocabulary, width), (context, width), *(block * layers), (width,), (width,))
+    return ((50257, width), (1024, width), *(block * layers), (width,), (width,))
 
 
-def llama(layers: int, width: int, hidden: int, key_value_width: int, vocabulary: int, tied: bool) -> tuple[Shape, ...]:
-    """Llama 3: grouped-query attention, gated perceptron, RMS norms, no biases."""
+def llama(layers: int, width: int, hidden: int, key_value_width: int, vocabulary: int) -> tuple[Shape, ...]:
+    """Llama 3.2: grouped-query attention, gated perceptron, RMS norms, no biases, output tied to the embedding."""
     block: list[Shape] = [
         (width, width), (key_value_width, width), (key_value_width, width), (width, width),  # q, k, v, output
         (hidden, width), (hidden, width), (width, hidden),  # gate, up, down
         (width,), (width,),  # norms
     ]  # fmt: skip
-    head: list[Shape] = [] if tied else [(vocabulary, width)]
-    return ((vocabulary, width), *(block * layers), (width,), *head)
+    return ((vocabulary, width), *(block * layers), (width,))
 
 
-def resnet50(classes: int = 1000) -> tuple[Shape, ...]:
+def resnet50() -> tuple[Shape, ...]:
     """ResNet-50: bottleneck blocks of three convolutions with a batch norm (weight and bias) behind each."""
     shapes: list[Shape] = []
 
@@ -87,8 +86,13 @@ def resnet50(classes: int = 1000) -> tuple[Shape, ...]:
             if block == 0:
                 convolution(channels, 4 * width, 1)
             channels = 4 * width
-    shapes.extend([(classes, channels), (classes,)])
+    shapes.extend([(1000, channels), (1000,)])
     return tuple(shapes)
+
+
+def small_tensors(count: int) -> ModelShapes:
+    """`count` tensors so small that only the cost per tensor is left."""
+    return ModelShapes(f"small-{count}x64", f"{count} tensors of 64", ((64,),) * count)
 
 
 MODELS: dict[str, ModelShapes] = {
@@ -96,11 +100,10 @@ MODELS: dict[str, ModelShapes] = {
     for model in (
         ModelShapes("gpt2-small", "GPT-2 small", gpt2(12, 768)),
         ModelShapes("gpt2-xl", "GPT-2 XL", gpt2(48, 1600)),
-        ModelShapes("llama-1b", "Llama 3.2 1B", llama(16, 2048, 8192, 512, 128256, tied=True)),
-        ModelShapes("llama-8b", "Llama 3.1 8B", llama(32, 4096, 14336, 1024, 128256, tied=False)),
+        ModelShapes("llama-1b", "Llama 3.2 1B", llama(16, 2048, 8192, 512, 128256)),
         ModelShapes("resnet50", "ResNet-50", resnet50()),
-        ModelShapes("small-1000x64", "1000 tensors of 64", ((64,),) * 1000),
-        ModelShapes("small-148x64", "148 tensors of 64", ((64,),) * 148),
+        small_tensors(1000),
+        small_tensors(148),
         ModelShapes("one-100m", "one tensor of 100 M", ((100_000_000,),)),
         ModelShapes("one-350m", "one tensor of 350 M", ((350_000_000,),)),
     )
@@ -108,7 +111,7 @@ MODELS: dict[str, ModelShapes] = {
 
 DEFAULT_MODELS = {
     "cpu": ("gpt2-small", "resnet50", "one-100m", "small-1000x64", "small-148x64"),
-    "cuda": ("gpt2-small", "gpt2-xl", "llama-1b", "llama-8b", "resnet50", "one-350m", "small-1000x64"),
+    "cuda": ("gpt2-small", "gpt2-xl", "llama-1b", "resnet50", "one-350m", "small-1000x64"),
 }
 
 
@@ -120,8 +123,3 @@ def path_elements(shape: Shape, fraction: float) -> int:
     if numel < 65_536 or run < 64:
         return numel
     return numel * max(1, 2 ** math.floor(math.log2(run * fraction) + 0.5)) // run
-
-
-def small_tensors(count: int, elements: int = 64) -> ModelShapes:
-    """`count` tensors so small that only the cost per tensor is left."""
-    return ModelShapes(f"small-{count}x{elements}", f"{count} tensors of {elements}", ((elements,),) * count)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -16,17 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.environment import short_name
+from harness.tables import Document, Row
 
 OURS = "#1b6ca8"
 OTHERS = "#9a9a9a"
 BASELINE_COLOR = "#404040"
 SOURCE_DIGEST = "Source SHA-256"
-
-Row = dict[str, Any]
-
-
-def load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def color_of(row: Row, baseline: str) -> str:
@@ -35,25 +28,16 @@ def color_of(row: Row, baseline: str) -> str:
     return OURS if row["label"].startswith("AdamClara") and "@" not in row["optimizer"] else OTHERS
 
 
-def save(figure: Figure, path: Path, source_digest: str | None = None) -> Path:
+def save(figure: Figure, path: Path, source_digest: str) -> None:
     """Write a PNG; `source_digest` is kept in it, so that one can tell which data it shows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Software": None} | ({SOURCE_DIGEST: source_digest} if source_digest else {})
-    figure.savefig(path, dpi=110, metadata=metadata)
+    figure.savefig(path, dpi=110, metadata={"Software": None, SOURCE_DIGEST: source_digest})
     plt.close(figure)
-    return path
 
 
-def plot_step_time(path: Path, folder: Path) -> list[Path]:
-    """Bars per model, a picture per dtype; returns the pictures' paths."""
-    document = load(path)
-    dtypes = dict.fromkeys(row["dtype"] for row in document["results"])
-    return [save(bars(document, dtype), folder / f"{path.stem}-{dtype}.png") for dtype in dtypes]
-
-
-def bars(document: dict[str, Any], dtype: str, models: Sequence[str] | None = None) -> Figure:
+def bars(document: Document, dtype: str) -> Figure:
     """Time relative to the baseline, a panel per model; spread as the interval of the median."""
-    rows = [row for row in document["results"] if row["dtype"] == dtype and (not models or row["model"] in models)]
+    rows = [row for row in document["results"] if row["dtype"] == dtype]
     shown = list(dict.fromkeys(row["model"] for row in rows))
     most = max(sum(row["model"] == model for row in rows) for model in shown)
     columns = min(2, len(shown))
@@ -96,11 +80,7 @@ def model_bars(axis: Axes, rows: Sequence[Row], baseline: str) -> None:
     axis.set_title(first["description"] + size, fontsize=9)
 
 
-def plot_cpu_overhead(path: Path, folder: Path) -> list[Path]:
-    return [save(cpu_overhead(load(path)), folder / f"{path.stem}.png")]
-
-
-def cpu_overhead(document: dict[str, Any]) -> Figure:
+def cpu_overhead(document: Document) -> Figure:
     """Host time per step over the number of tensors; dashed: with gradients that come and go."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     ends = []

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from harness.clocks import Step
 from harness.contenders import BASELINE, CONTENDERS, Contender, Unavailable
 from harness.environment import REPOSITORY, OtherWork, describe_environment
 from harness.memory import keep_freed_memory
 from harness.statistics import Samples, all_seconds, ratios, summarize
+from harness.tables import Document, Row, aligned
 
 DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
 NOTHING_MEASURED = 3
 # Of all cores' time. Below it the medians were seen to stay where they are.
 MUCH_OTHER_WORK = 0.05
 WARM_UP_STEPS = 3
-
-console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
-Row = dict[str, Any]
 
 
 def benchmark_parser(documentation: str | None, optimizers: Sequence[str], seconds: float | None, per: str) -> Any:
@@ -38,12 +33,10 @@ def benchmark_parser(documentation: str | None, optimizers: Sequence[str], secon
     )
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
-    add("--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="for JSON and plots; default: %(default)s")
-    add("--threads", type=int, help="CPU threads of PyTorch and the core; default: PyTorch's")
+    add("--out", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="for JSON; default: %(default)s")
     add("--optimizers", nargs="+", type=checked_choices("optimizer", CONTENDERS), default=list(optimizers),
         metavar="NAME", help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
     add("--seconds", type=float, default=seconds, help=f"to measure per {per}; default: {seconds or 'by device'}")
-    add("--no-plots", action="store_true")
     return parser
 
 
@@ -66,12 +59,10 @@ class Session:
 
     def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
         self.benchmark, self.args = benchmark, args
-        if args.threads:
-            torch.set_num_threads(args.threads)
         self.device = torch.device(args.device)
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                console.print(f"skipped: --device {args.device}, but PyTorch finds no usable CUDA device")
+                print(f"skipped: --device {args.device}, but PyTorch finds no usable CUDA device")
                 raise SystemExit(NOTHING_MEASURED)
             self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
@@ -84,13 +75,17 @@ class Session:
         self.results: list[Row] = []
         self.skipped: list[dict[str, str]] = []
 
-    def skip(self, optimizer: str, reason: str, where: str = "") -> None:
+    def skip(self, optimizer: str, reason: str, where: str) -> None:
         self.skipped.append({"optimizer": optimizer, "reason": reason, "where": where})
 
     def warmed(
-        self, names: Iterable[str], make: Callable[[Contender], Step], where: str = "", warm_up: int = WARM_UP_STEPS
+        self, names: Iterable[str], make: Callable[[Contender], Step], where: str, warm_up: int = WARM_UP_STEPS
     ) -> dict[str, Step]:
-        """Steps that have run a few times; who cannot run here is skipped. Empty if the baseline cannot."""
+        """Steps that have run a few times; who cannot run here is skipped. Empty if the baseline cannot.
+
+        Also tells the user where the measurement has got to.
+        """
+        print(f"measuring {where}", flush=True)
         steps: dict[str, Step] = {}
         for name in names:
             try:
@@ -116,21 +111,16 @@ class Session:
         self.results.append(row)
         return row
 
-    def finish(self, plot: Callable[[Path, Path], Iterable[Path]] | None = None, **content: Any) -> int:
-        """Write what was found, with all that it depends on; returns the program's exit status."""
-        if self.skipped:
-            reasons: dict[tuple[str, str], list[str]] = {}
-            for each in self.skipped:
-                reasons.setdefault((each["optimizer"], each["reason"]), []).append(each["where"])
-            made = table("not measured", "optimizer", "reason", "where")
-            for (name, reason), places in reasons.items():
-                made.add_row(CONTENDERS[name].label, reason, ", ".join(filter(None, places)))
-            console.print(made)
+    def finish(self, *tables: Callable[[Document], str], **content: Any) -> int:
+        """Print what was found, and write it with all that it depends on; returns the program's exit status."""
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for each in self.skipped:
+            reasons.setdefault((each["optimizer"], each["reason"]), []).append(each["where"])
+        for (name, reason), places in reasons.items():
+            print(f"not measured: {CONTENDERS[name].label}, {reason}: {', '.join(dict.fromkeys(places))}")
         if not self.results:
-            console.print("nothing could be measured")
+            print("nothing could be measured")
             return NOTHING_MEASURED
-        path = self.args.out / f"{self.benchmark}-{self.device.type}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         other_work = self.other_work.share()
         document = {
             "benchmark": self.benchmark,
@@ -144,12 +134,13 @@ class Session:
             "skipped": self.skipped,
             **content,
         }  # fmt: skip
+        for table in tables:
+            print(f"\n{aligned(table(document))}")
+        path = self.args.out / f"{self.benchmark}-{self.device.type}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        console.print(f"results: {path}")
+        print(f"results: {path}")
         warn_of_other_work(other_work, "ran beside this: the ratios may not repeat")
-        if plot is not None and not self.args.no_plots:
-            for picture in plot(path, self.args.out):
-                console.print(f"plot: {picture}")
         return 0
 
 
@@ -159,31 +150,4 @@ def warn_of_other_work(share: float | None, consequence: str) -> None:
     Threads that wait for each other then wait for the scheduler: torch's fused Adam was seen a thousand times slower.
     """
     if share is not None and share > MUCH_OTHER_WORK:
-        console.print(f"[bold]other work ({share:.0%} of the cores) {consequence}[/bold]")
-
-
-def table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    return made
-
-
-def style_of(row: Row) -> str | None:
-    return "bold" if CONTENDERS[row["optimizer"]].runs_core else None
-
-
-def duration(seconds: float) -> str:
-    """With three digits and a fitting unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def bytes_text(count: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
+        print(f"other work ({share:.0%} of the cores) {consequence}")

@@ -15,10 +15,6 @@ import numpy as np
 from harness.clocks import Clock, Step
 
 MAX_STEPS_PER_SAMPLE = 200
-# A contender this many times slower than the baseline takes part in every second round only: it fills as much time in
-# one as the others in several, and the time is better spent on those that are close.
-SLOW = 2.0
-SLOW_EVERY = 2
 # Every ratio has the baseline's time in it, whose noise would otherwise be the larger part of each.
 BASELINE_SAMPLES = 3
 
@@ -58,7 +54,7 @@ def summarize(values: Sequence[float]) -> Summary:
     )
 
 
-Samples = dict[str, dict[int, list[float]]]
+Samples = dict[str, list[list[float]]]
 """Seconds per step by contender and round; the baseline has several samples in each round, the others one."""
 
 
@@ -75,41 +71,36 @@ def measure_interleaved(
     """Time all contenders in rounds, in random order within each round, the baseline several times in each.
 
     What slows the machine for a while slows a whole round, and drops out of the ratios within it. Expects warm steps.
-
-    Returns:
-        seconds per step; a slow contender misses rounds, the baseline never.
     """
     steps_per_sample = {}
-    once = {}
     for name, step in steps.items():
-        once[name] = clock.seconds_per_step(step, 1)
-        if once[name] < clock.min_sample_seconds:
-            once[name] = min(once[name], clock.seconds_per_step(step, 3))
-        fitting = math.ceil(clock.min_sample_seconds / max(once[name], 1e-7))
+        once = clock.seconds_per_step(step, 1)
+        if once < clock.min_sample_seconds:
+            once = min(once, clock.seconds_per_step(step, 3))
+        fitting = math.ceil(clock.min_sample_seconds / max(once, 1e-7))
         steps_per_sample[name] = min(max(fitting, 1), MAX_STEPS_PER_SAMPLE)
-    slow = {name for name in steps if once[name] > SLOW * once[baseline] and once[name] > clock.min_sample_seconds}
 
     order = [*steps, *[baseline] * (BASELINE_SAMPLES - 1)]
     shuffler = random.Random(seed)
-    samples: Samples = {name: {} for name in steps}
+    samples: Samples = {name: [] for name in steps}
     started = perf_counter()
     for round_index in range(max_rounds):
         if round_index >= min_rounds and perf_counter() - started > max_seconds:
             break
         shuffler.shuffle(order)
+        for rounds in samples.values():
+            rounds.append([])
         for name in order:
-            if name not in slow or round_index % SLOW_EVERY == 0:
-                sample = clock.seconds_per_step(steps[name], steps_per_sample[name])
-                samples[name].setdefault(round_index, []).append(sample)
+            samples[name][-1].append(clock.seconds_per_step(steps[name], steps_per_sample[name]))
     return samples
 
 
 def all_seconds(samples: Samples, name: str) -> list[float]:
     """A contender's seconds per step, of all rounds."""
-    return [seconds for of_round in samples[name].values() for seconds in of_round]
+    return [seconds for of_round in samples[name] for seconds in of_round]
 
 
 def ratios(samples: Samples, name: str, baseline: str) -> list[float]:
-    """Time relative to another's, round by round, of the rounds in which both took part."""
-    own, base = samples[name], samples[baseline]
-    return [statistics.median(own[index]) / statistics.median(base[index]) for index in own if index in base]
+    """Time relative to another's, round by round."""
+    rounds = zip(samples[name], samples[baseline], strict=True)
+    return [statistics.median(own) / statistics.median(base) for own, base in rounds]

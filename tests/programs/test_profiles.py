@@ -16,106 +16,97 @@ import clara_fused
 from clara_fused.profiling import range_of
 
 pytest.importorskip("matplotlib", reason="the benchmarks' extra is not installed")
-pytest.importorskip("rich", reason="the benchmarks' extra is not installed")
 
-import nsight_report
+import device_report
+import profile_ncu
 
-from harness.report import NOTHING_MEASURED
+from harness import tables
+from harness.report import DEFAULT_RESULTS, NOTHING_MEASURED
 
-PROFILES = Path(__file__).parents[1] / "profiles"
-BENCHMARKS = Path(nsight_report.__file__).parent
-
-
-def test_nsys_summary_of_the_sample():
-    profile = nsight_report.read_nsys(PROFILES / "nsys-sample")
-    assert profile.steps == 2
-    assert profile.launches_per_step == 3
-    assert profile.copies_per_step == 0.5
-    assert profile.busy_seconds_per_step == pytest.approx((31 + 31 + 1) / 2 * 1e-6)
-    assert profile.busy_share == pytest.approx(63 / (63 + 4 + 5))
-    assert profile.gaps == 5
-    assert profile.median_gap_seconds == pytest.approx(1e-6)
-    assert profile.largest_gap_seconds == pytest.approx(5e-6)
-    kernels = {nsight_report.short_kernel_name(kernel.name): kernel for kernel in profile.kernels}
-    measure = kernels["clara::cuda::measure_kernel<float, float>"]
-    assert measure.launches_per_step == 1
-    assert measure.seconds_per_step == pytest.approx(20e-6)
-    ranges = {host_range.name: host_range for host_range in profile.ranges}
-    assert ranges["clara.measure (smoothed, 148 tensors)"].median_seconds == pytest.approx(1e-5)
+SAMPLE = Path(__file__).parents[1] / "profiles" / "ncu-sample.csv"
+BENCHMARKS = Path(profile_ncu.__file__).parent
 
 
-def test_ncu_summary_of_the_sample(capsys):
-    kernels = nsight_report.read_ncu(PROFILES / "ncu-sample.csv")
+def test_ncu_summary_of_the_sample():
+    kernels = profile_ncu.read_ncu(SAMPLE)
     assert [kernel.launches for kernel in kernels] == [1, 1, 1]
-    assert kernels[0].moved_bytes == 28_000_000
+    assert (kernels[0].read_bytes, kernels[0].written_bytes) == (16_000_000, 12_000_000)
     assert kernels[0].seconds == pytest.approx(7e-6)
     assert kernels[2].registers == 32
-    nsight_report.print_ncu(kernels, elements=1_000_000, must_move=44, title="sample")
-    assert "moved 44.01 bytes per element; 44 must move: 1.000×" in capsys.readouterr().out
+    document = profile_ncu.record(SAMPLE, "gpt2-small", "smoothed", "float32")
+    shown = tables.traffic_table({**document, "elements": 1_000_000, "bytes_per_element_that_must_move": 44})
+    assert "AdamClaraSmoothed, GPT-2 small, float32:" in shown
+    assert "| clara::cuda::measure_kernel<float, float> | 1 | 7 µs | 16.00 | 12.00 | 4000 | 40 |" in shown
+    assert "moved 44.01 bytes per element; 44 must move: 1.000×" in shown
 
 
-@pytest.mark.parametrize("profiler", ["nsys", "ncu"])
-def test_the_report_program_writes_what_it_prints(profiler, tmp_path, capsys):
-    for path in PROFILES.glob(f"{profiler}-sample*.csv"):
-        shutil.copy(path, tmp_path)
-    base = tmp_path / f"{profiler}-sample"
-    status = nsight_report.main([profiler, str(base), "--model", "gpt2-small", "--variant", "smoothed"])
-    assert status == 0
-    document = json.loads((tmp_path / f"{profiler}-sample.json").read_text())
-    assert document["optimizer"] == "smoothed"
+def test_kernels_are_named_without_what_is_not_their_name():
+    assert tables.short_kernel_name("void at::(anonymous namespace)::copy<4>(float*, int)") == "at::copy<4>"
+
+
+FAKE_NCU = """#!/bin/bash
+# Answers as ncu does that profiled the program, and tells what it was to do.
+while [ "$1" != --log-file ]; do shift; done
+cp "$SAMPLE" "$2"
+echo "profiled: ${*:3}"
+"""
+
+
+def test_the_program_writes_what_it_prints(tmp_path, capfd, monkeypatch):
+    (tmp_path / "ncu").write_text(FAKE_NCU)
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SAMPLE", str(SAMPLE))
+    # In place of the program that needs a device.
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    out = tmp_path / "new folder"
+    assert profile_ncu.main(["gpt2-small", "smoothed", "--dtype", "bfloat16", "--out", str(out)]) == 0
+    document = json.loads((out / "ncu-gpt2-small-smoothed-bfloat16.json").read_text())
+    assert (document["profiler"], document["optimizer"], document["dtype"]) == ("ncu", "smoothed", "bfloat16")
     assert len(document["kernels"]) == 3
-    assert "clara::cuda::measure_kernel" in capsys.readouterr().out
+    recorded = json.loads((DEFAULT_RESULTS / "ncu-gpt2-small-local-float32.json").read_text())
+    assert list(document) == list(recorded)
+    assert list(document["kernels"][0]) == list(recorded["kernels"][0])
+    shown = capfd.readouterr().out
+    assert "profile_target.py gpt2-small smoothed --dtype bfloat16 --steps 1" in shown
+    assert "clara::cuda::measure_kernel" in shown
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda text: text.replace("Start (ns)", "Start (us)"), "no column 'Start \\(ns\\)'"),
-        (lambda text: text.replace("Duration (ns)", "Duration (us)"), "no column 'Duration \\(ns\\)'"),
-        (lambda text: "\n".join(line for line in text.splitlines() if "kernel" not in line), "no kernel was recorded"),
-    ],
-)
-def test_a_trace_of_another_format_is_refused(change, message, tmp_path):
-    for path in PROFILES.glob("nsys-sample*.csv"):
-        shutil.copy(path, tmp_path)
-    trace = tmp_path / "nsys-sample_cuda_gpu_trace.csv"
-    trace.write_text(change(trace.read_text()))
-    with pytest.raises(nsight_report.ReportError, match=message):
-        nsight_report.read_nsys(tmp_path / "nsys-sample")
+def test_what_the_profiled_program_cannot_do_is_told_without_ncu(tmp_path, monkeypatch):
+    (tmp_path / "ncu").symlink_to(shutil.which("true"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert profile_ncu.main(["gpt2-small", "smoothed", "--out", str(tmp_path)]) == 1
 
 
 def test_scaled_units_and_missing_counters_are_refused(tmp_path):
-    text = (PROFILES / "ncu-sample.csv").read_text()
+    text = SAMPLE.read_text()
     path = tmp_path / "ncu.csv"
     path.write_text(text.replace('"byte"', '"Mbyte"'))
-    with pytest.raises(nsight_report.ReportError, match="--print-units base"):
-        nsight_report.read_ncu(path)
+    with pytest.raises(profile_ncu.ReportError, match="--print-units base"):
+        profile_ncu.read_ncu(path)
     path.write_text(re.sub(r'"byte","[\d,]+"', '"byte","n/a"', text))
-    with pytest.raises(nsight_report.ReportError, match="allowed to read the counters"):
-        nsight_report.read_ncu(path)
+    with pytest.raises(profile_ncu.ReportError, match="allowed to read the counters"):
+        profile_ncu.read_ncu(path)
 
 
-@pytest.mark.parametrize(("script", "tool"), [("profile_nsys.sh", "nsys"), ("profile_ncu.sh", "ncu")])
-def test_profiling_without_the_profiler_is_a_clear_error(script, tool, tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("bash", "dirname", "basename", "mkdir", "env", "cat"):
-        (tools / name).symlink_to(shutil.which(name))
-    environment = {**os.environ, "PATH": str(tools)}
-    command = [str(BENCHMARKS / script), "--out", str(tmp_path / "out"), "gpt2-small", "smoothed"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 4, result.stderr
-    assert f"{tool} not found" in result.stderr
-    result = subprocess.run(command[:-1], env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2
-    assert "usage:" in result.stderr
+def test_profiling_without_the_profiler_is_a_clear_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as exit_info:
+        profile_ncu.main(["gpt2-small", "smoothed", "--out", str(tmp_path)])
+    assert exit_info.value.code == 4
+    assert "ncu not found" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        profile_ncu.main(["gpt2-small"])
+    assert exit_info.value.code == 2
+    assert "usage:" in capsys.readouterr().err
 
 
 FAKE_PYTHON = """#!/bin/bash
 # Answers device_pass.sh as a machine with a device would, and takes its time over everything else.
 case "$*" in
     *is_available*) exit 0 ;;
-    *describe_environment*) cat >"${@: -1}" ;;
+    *device_report.py*) cat >"${@: -1}/device-pass.json" ;;
     *get_device_capability*) echo 90 ;;
     *build_ext*) sleep "$BUILD_SECONDS" ;;
     *"-m pytest"*) exit 3 ;;
@@ -156,6 +147,25 @@ def test_bad_arguments_of_the_device_pass_are_refused(arguments, tmp_path):
     done = run_device_pass(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stderr
+
+
+def test_the_device_pass_ends_with_the_tables_of_what_its_parts_left(tmp_path):
+    assert list(device_report.tables_of(tmp_path)) == []
+    for name in ("step_time-cuda.json", "ncu-gpt2-small-local-float32.json"):
+        shutil.copy(DEFAULT_RESULTS / name, tmp_path)
+    runs = [
+        {"optimizer": "local", "label": "AdamClara Local", "rate": 1e-3, "validation_loss": 4.25},
+        {"optimizer": "adam", "label": "torch Adam", "rate": 1e-1, "validation_loss": None},
+    ]
+    document = {"steps": 285, "parameters": 98_000_000, "runs": runs}
+    (tmp_path / "train_gpt-cuda.json").write_text(json.dumps(document))
+    times, bandwidths, traffic, losses = device_report.tables_of(tmp_path)
+    assert "**float32**, time per step and ratio:" in times
+    assert "| gpt2-xl | float32 | 4255.1 GB/s | 4209.8 GB/s |" in bandwidths
+    assert "moved 29.01 bytes per element; 29.27 must move: 0.991×" in traffic
+    assert losses.splitlines()[0] == "| optimizer | from 1e-03 | from 1e-01 |"
+    assert "| AdamClara Local | 4.2500 | – |" in losses
+    assert "| torch Adam | – | diverged |" in losses
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
