@@ -230,7 +230,9 @@ class TorchBucket:
         step.div_(denominator).mul_(inverse_bias1)
         before = self._load(block.paths)
         path = self._extended_path(before, step)
-        weight = denominator if adaptation.in_adams_metric(options) else None
+        weight = None
+        if adaptation.in_adams_metric(options):  # of an element whose v has overflowed 0: it moves no more
+            weight = denominator.nan_to_num(nan=math.nan, posinf=0.0)
         sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
         self._store(path, block.paths, self._undo)
         return sums * (sample.run / sample.kept)

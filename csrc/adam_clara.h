@@ -183,7 +183,8 @@ struct ElementSums {
 
 template <typename V, typename T>
 CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d, const MeasureCoefficients<T>& c) {
-  const V weight = c.in_adams_metric ? d : V{} + T(1);
+  // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.
+  const V weight = c.in_adams_metric ? (d == V{} + T(INFINITY) ? V{} : d) : V{} + T(1);
   const V unit_grad = grad / d;
   return {weight * path * path, weight * step * step, weight * unit_grad * unit_grad,
           weight * path_before * path_before, weight};
