@@ -28,7 +28,7 @@ from .options import (
 from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, moved
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
-_PERSISTENT_ATTRIBUTES = ("fused", "_groups_added", "_process_group", "_step_supports_amp_scaling")
+_PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
 
 
 class AdamClara(Constructor, Optimizer):
@@ -56,10 +56,10 @@ class AdamClara(Constructor, Optimizer):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
         self.process_group = arguments["process_group"]
-        self._groups_added = 0
         self._core = core_buckets.Gatherer(self.one_scale)
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
+        self._all_groups = self.param_groups
 
     def _forget_caches(self) -> None:
         """Drop what was derived from groups, parameters and state; the next step derives it anew."""
@@ -142,7 +142,7 @@ class AdamClara(Constructor, Optimizer):
     def _read_inputs(self) -> StepInputs:
         """Read and check everything a step depends on beside the tensors."""
         if not self._shards_are_checked:
-            foreign.check_shards(self.param_groups, self._groups_added, self.process_group, self.one_scale)
+            foreign.check_shards(self.param_groups, self._all_groups, self.process_group, self.one_scale)
             self._shards_are_checked = True
         options, lrs = self._options.read(self.param_groups)
         scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -341,17 +341,17 @@ class AdamClara(Constructor, Optimizer):
             self.param_groups.pop()
             raise
         self._options.normalize(group)
-        self._groups_added += 1
         self._shards_are_checked = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``; no two entries share memory."""
-        # Registered here, so that the user's hooks see it done.
-        handle = self.register_state_dict_post_hook(_with_scales_of_their_own, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        """As ``torch.optim.Optimizer.state_dict``; no two entries share memory, so that safetensors takes them."""
+        result = super().state_dict()
+        if self.one_scale:
+            result["state"] = {
+                key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
+                for key, entry in result["state"].items()
+            }
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
@@ -396,6 +396,7 @@ class AdamClara(Constructor, Optimizer):
                         entry, param, options[group_index], group_step, location, all_elements
                     )
         super().__setstate__(new)
+        self._all_groups = self.param_groups
         if not hasattr(self, "_core"):  # out of a pickle; else what CUDA graphs have captured has to stay
             self._core = core_buckets.Gatherer(self.one_scale)
         self._forget_caches()
@@ -422,14 +423,6 @@ def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
         if first.setdefault(id(param), location) != location:
             where = "param group {}, parameter {}".format(*first[id(param)])
             raise ValueError(f"{tensors.describe(*location, param)} is {where} as well; AdamClaraGlobal takes it once")
-
-
-def _with_scales_of_their_own(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Copy the one scale, which all states of a device hold: safetensors refuses entries that share memory."""
-    state_dict["state"] = {
-        key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
-        for key, entry in state_dict["state"].items()
-    }
 
 
 def _has_scale(entry: object) -> bool:

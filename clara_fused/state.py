@@ -159,7 +159,7 @@ def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index
 
 def signature(state: Mapping[str, Any], param: Tensor, grad: Tensor, amsgrad: bool) -> tuple[object, ...]:
     """What the checks of a parameter, its gradient and its state depend on, in a form that is quick to compare."""
-    tensors = grad, param, *(state.get(name) for name in ("exp_avg", "path"))  # of the state, those that tell most
+    tensors = grad, param, *(state.get(name) for name in ("exp_avg", "exp_avg_sq", "path"))  # the others are small
     seen = [(each.dtype, each.shape, each.device) for each in tensors if isinstance(each, Tensor)]
     return (amsgrad, type(grad), grad.layout, param.stride(), *seen, *map(id, state.values()))
 

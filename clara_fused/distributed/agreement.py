@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..step import Location, StepInputs, moved
 from .collectives import Collective, collectives_per_mesh, merged, sending_device
-from .placement import Placed, holds_shards, is_shard, place
+from .placement import Placed, holds_fsdp1_shards, is_fsdp1_shard, place, shards_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,8 +90,8 @@ def agreed_collectives(
         RanksDisagreeError: they differ in this or in their hyperparameters.
     """
     placed = [place(location, param, process_group) for location, param in params.items()]
-    if holds_shards(params.values()):
-        placed = [member for member in placed if member.mesh is not None or is_shard(member.param)]
+    if holds_fsdp1_shards(params.values()):
+        placed = [member for member in placed if member.mesh is not None or is_fsdp1_shard(member.param)]
     collectives = per_mesh = collectives_per_mesh(placed, process_group)
     total = None
     if one_scale:
@@ -100,7 +100,8 @@ def agreed_collectives(
         if process_group is not None:
             total = per_mesh[-1]
             # Each rank may have parameters of its own, but of what is sharded all of them have a part.
-            shards, alone = [member for member in alone if is_shard(member.param)], []
+            known = shards_of(params)
+            shards, alone = [member for member in alone if member.location in known], []
             if shards:
                 collectives.append(Collective(process_group, total.ranks, None, shards))
         collectives = merged(collectives, alone)

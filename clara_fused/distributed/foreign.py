@@ -10,7 +10,7 @@ from ..tensors import describe
 from .placement import ParamGroups, is_deepspeed_partition, is_distributed, is_fsdp1_shard, located
 
 
-def check_shards(param_groups: ParamGroups, groups_added: int, process_group: Any, one_scale: bool) -> None:
+def check_shards(param_groups: ParamGroups, all_groups: ParamGroups, process_group: Any, one_scale: bool) -> None:
     """Check that the optimizer can know of what whole tensors plain parameters are parts.
 
     FSDP1's shards and DeepSpeed's partitions carry no way to their process group or to the tensors they are made of.
@@ -18,7 +18,7 @@ def check_shards(param_groups: ParamGroups, groups_added: int, process_group: An
     rank.
 
     Args:
-        groups_added: how many groups the optimizer was given; DeepSpeed lets it see one at a time.
+        all_groups: the optimizer's own list of groups, in whose place DeepSpeed's ZeRO puts one at a time.
 
     Raises:
         ValueError: it cannot; says what to do.
@@ -34,7 +34,7 @@ def check_shards(param_groups: ParamGroups, groups_added: int, process_group: An
         elif is_deepspeed_partition(param) and len(param_groups[location.group_index]["params"]) == 1:
             if not one_scale:
                 problem = _DEEPSPEED_WITHOUT_TENSORS
-            elif groups_added > 1:
+            elif len(all_groups) > len(param_groups):
                 problem = _DEEPSPEED_GROUP_BY_GROUP
             elif without_group:
                 problem = _DEEPSPEED_WITHOUT_GROUP
@@ -56,7 +56,7 @@ _DEEPSPEED_WITHOUT_TENSORS = (
     "AdamClaraGlobal, or FSDP2 instead of DeepSpeed"
 )
 _DEEPSPEED_GROUP_BY_GROUP = (
-    "is a flat partition of DeepSpeed, which steps param groups one after the other, so that there is no whole to "
+    "is a flat partition of DeepSpeed ZeRO, which steps param groups one after the other, so that there is no whole to "
     "adapt the one scale to: give all parameters in one group, or use FSDP2 instead of DeepSpeed"
 )
 _DEEPSPEED_WITHOUT_GROUP = (

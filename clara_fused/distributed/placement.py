@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -88,22 +89,27 @@ def is_fsdp1_shard(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
-def is_deepspeed_partition(param: Tensor) -> bool:
-    """Whether this looks like one rank's part of a group's parameters, laid end to end: a vector and no `nn.Parameter`.
+def holds_fsdp1_shards(params: Iterable[Tensor]) -> bool:
+    """Whether FSDP1 shards some of these parameters. Plain ones beside them it was told to ignore: they are whole."""
+    return any(map(is_fsdp1_shard, params))
 
-    Without ZeRO, DeepSpeed's copies of vectors look the same, but are not each the only one of its group.
+
+def is_deepspeed_partition(param: Tensor) -> bool:
+    """Whether this, if it is the only one of its group, is one rank's part of the group's parameters laid end to end.
+
+    It is a vector and no `nn.Parameter`. Without ZeRO, DeepSpeed's copies of vectors look the same.
     """
     return "deepspeed" in sys.modules and is_distributed() and param.dim() == 1 and type(param) is Tensor
 
 
-def is_shard(param: Tensor) -> bool:
-    """Whether this plain tensor is known to be a shard, of which all ranks of the process group have one."""
-    return is_fsdp1_shard(param) or is_deepspeed_partition(param)
-
-
-def holds_shards(params: Iterable[Tensor]) -> bool:
-    """Whether some of these are shards. Plain ones beside them FSDP1 was told to ignore: they are whole."""
-    return any(map(is_shard, params))
+def shards_of(params: Mapping[Location, Tensor]) -> set[Location]:
+    """Plain tensors that are known to be shards, of which all ranks of the process group have one."""
+    in_group = Counter(location.group_index for location in params)
+    return {
+        location
+        for location, param in params.items()
+        if is_fsdp1_shard(param) or (in_group[location.group_index] == 1 and is_deepspeed_partition(param))
+    }
 
 
 def is_distributed() -> bool:

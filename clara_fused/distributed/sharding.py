@@ -34,10 +34,11 @@ from .agreement import (
     RanksDisagreeError,
     agreed_collectives,
     describe_hyperparameters,
+    known_lr,
 )
 from .collectives import Collective, on_device
 from .dtensors import local
-from .placement import ParamGroups, holds_shards, located, needs_sums, signature_of
+from .placement import ParamGroups, holds_fsdp1_shards, located, needs_sums, signature_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,11 +111,15 @@ class RankSums:
         # Whether this step's `found_inf` has been told to the other ranks.
         self._overflow_is_known = False
 
-        lines = describe_hyperparameters(type(optimizer).__name__, inputs)
-        self._collectives, self._total = agreed_collectives(self._params, self._process_group, inputs.one_scale, lines)
+        self._described: object = None
+        self._lines: list[str] = []
+        self._describe(inputs)
+        self._collectives, self._total = agreed_collectives(
+            self._params, self._process_group, inputs.one_scale, self._lines
+        )
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
-        # Of a parameter outside of all collectives in the total: where no shards are known each rank has others.
-        copies = len(self._total.ranks) if self._total and holds_shards(self._params.values()) else 1
+        # Of a parameter outside of all collectives in the total: without FSDP1's shards each rank has others.
+        copies = len(self._total.ranks) if self._total and holds_fsdp1_shards(self._params.values()) else 1
         self._share_alone = 1.0 / copies
         self._shares: tuple[list[Location], Tensor] | None = None
         self._sizes = self._whole_sizes(len(inputs.options))
@@ -205,8 +210,16 @@ class RankSums:
         if inputs.found_inf is not None:
             inputs = replace(inputs, found_inf=self._overflow_of_all_ranks(inputs.found_inf))
         self._inputs = inputs
-        self._watch.set_hyperparameters(describe_hyperparameters(type(self._optimizer()).__name__, inputs))
+        self._describe(inputs)
         return inputs
+
+    def _describe(self, inputs: StepInputs) -> None:
+        """Put the hyperparameters in words, anew where they have changed: it takes tens of microseconds a group."""
+        seen = [known_lr(lr) for lr in inputs.lrs], list(inputs.options)
+        if seen != self._described:
+            name = type(self._optimizer()).__name__
+            self._described, self._lines = seen, describe_hyperparameters(name, inputs)
+            self._watch.set_hyperparameters(self._lines)
 
     def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:
         for collective in self._all_collectives:

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from ranks import World
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 WORLDS = {size: World(size) for size in (1, 2, 4)}
 
 

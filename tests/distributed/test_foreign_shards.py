@@ -14,6 +14,9 @@ from sharded_models import LIVELY, VARIANTS, make_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from clara_fused.distributed.placement import shards_of
+from clara_fused.step import Location
+
 
 def fsdp1_without_group(variant: str, use_orig_params: bool) -> str:
     wrapped = FullyShardedDataParallel(
@@ -96,6 +99,25 @@ def step_of_whole_copies(variant: str) -> str:
 @pytest.mark.parametrize("variant", ["Local", "Global"])
 def test_whole_copies_are_no_partitions(world2: World, variant: str) -> None:
     assert world2.run(step_of_whole_copies, variant) == ["", ""]
+
+
+def known_shards(*groups: list[tuple[int, ...]]) -> int:
+    """How many of plain tensors of these shapes, by param group, count as parts of something larger."""
+    params = {
+        Location(group_index, index): torch.ones(shape, requires_grad=True)
+        for group_index, shapes in enumerate(groups)
+        for index, shape in enumerate(shapes)
+    }
+    sys.modules["deepspeed"] = ModuleType("deepspeed")
+    try:
+        return len(shards_of(params))
+    finally:
+        del sys.modules["deepspeed"]
+
+
+def test_a_partition_is_the_only_one_of_its_group(world1: World) -> None:
+    assert world1.run(known_shards, [(8,)], [(5,)]) == [2]
+    assert world1.run(known_shards, [(8,), (3, 4)], [(2, 2)]) == [0]
 
 
 def test_flat_partitions_are_noticed(world2: World) -> None:
