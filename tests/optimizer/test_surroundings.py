@@ -355,6 +355,18 @@ def test_points_are_pruned_and_added(shape: tuple[int, int], variant: str, fused
     assert optimizer.state[new]["step"].item() == 6
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "path"])
+def test_state_whose_dtype_was_changed_in_place(name: str, variant: str, fused: bool) -> None:
+    """As offloading recipes write it, `value.data = ...`: the same object, so its address tells nothing."""
+    params = parameters([(5, 3)])
+    optimizer = VARIANTS[variant](params, fused=fused, **LIVELY[variant])
+    train(optimizer, 2)
+    entry = optimizer.state[params[0]]
+    entry[name].data = entry[name].data.double()
+    train(optimizer, 1, first=2)
+    assert entry[name].dtype == torch.float32
+
+
 def test_a_step_that_fails_half_way_is_as_if_it_had_not_been(variant: str, fused: bool) -> None:
     """Whatever raises does so before anything is written, also where the fault is in the last tensor's state."""
     params = parameters([(5, 3), (64, 1024), (7,)])
