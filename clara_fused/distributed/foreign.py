@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tensors import describe
-from .placement import ParamGroups, is_deepspeed_partition, is_distributed, is_fsdp1_shard, located
+from .placement import ParamGroups, is_distributed, is_fsdp1_shard, located, shards_of
 
 
 def check_shards(param_groups: ParamGroups, all_groups: ParamGroups, process_group: Any, one_scale: bool) -> None:
@@ -25,13 +25,15 @@ def check_shards(param_groups: ParamGroups, all_groups: ParamGroups, process_gro
     """
     ranks = torch.distributed.get_world_size() if is_distributed() else 1
     without_group = process_group is None and ranks > 1
-    for location, param in located(param_groups):
+    params = dict(located(param_groups))
+    shards = shards_of(params)
+    for location, param in params.items():
         problem = None
         if is_fsdp1_shard(param):
             problem = _FSDP1_WITHOUT_GROUP if without_group else None
         elif hasattr(param, "ds_id"):
             problem = _DEEPSPEED_STAGE_3
-        elif is_deepspeed_partition(param) and len(param_groups[location.group_index]["params"]) == 1:
+        elif location in shards:  # DeepSpeed's partition
             if not one_scale:
                 problem = _DEEPSPEED_WITHOUT_TENSORS
             elif len(all_groups) > len(param_groups):
