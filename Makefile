@@ -5,7 +5,7 @@
 #   make lint      ruff, mypy and actionlint (the pipelines) alone
 #   make test-processors   the fast tests again, as they run on other processors than this one
 #   make test-aarch64      the C++ core on an emulated Arm processor; needs g++-aarch64-linux-gnu and qemu-user
-#   make bench     time per optimizer step, host overhead, training steps; into bench/    (BENCH_ARGS="--models resnet50")
+#   make bench     time per optimizer step, host overhead, bytes of state; into bench/    (BENCH_ARGS="--models resnet50")
 #   make docs      the documentation site, into build/site/
 #   make wheel     dist/*.whl, for this machine's Python
 #   make sdist     dist/*.tar.gz
@@ -101,7 +101,6 @@ test-aarch64: $(VENV)/.ready-test
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/step_time.py --out $(BENCH_OUT) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/cpu_overhead.py --out $(BENCH_OUT)
-	$(BIN)/python benchmarks/end_to_end.py --out $(BENCH_OUT)
 	$(BIN)/python benchmarks/state_bytes.py --out $(BENCH_OUT)
 
 docs: $(VENV)/.ready-docs

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run on a GPU machine everything that needs one: build, tests, sanitizer, benchmarks, profiles, a training run.
 #   benchmarks/device_pass.sh [--out DIR] [--seconds N] [--train-seconds N] [--archive] [PART ...]
-# Parts: build tests sanitizer tune step-time overhead end-to-end ncu train; all but tune and end-to-end by default, which
+# Parts: build tests sanitizer tune step-time overhead ncu train; all but tune by default, which
 # takes about nine minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time; whatever is
 # timed has the machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files,
 # device-pass.json with how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it ends in
@@ -15,7 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$here")
 python=$repository/.venv/bin/python
 [ -x "$python" ] || python=python3
-all_parts=(build tests sanitizer tune step-time overhead end-to-end ncu train)
+all_parts=(build tests sanitizer tune step-time overhead ncu train)
 default_parts=(build tests sanitizer step-time overhead ncu train)
 out=$here/results
 part_seconds=600
@@ -122,7 +122,6 @@ run_part() {
         overhead)
             "$python" benchmarks/cpu_overhead.py --device cuda --seconds 2 --out "$out" --tensors 10 100 1000 3000 \
                 --optimizers adam-fused adam-foreach global local smoothed ;;
-        end-to-end) "$python" benchmarks/end_to_end.py --device cuda --out "$out" ;;
         ncu)
             profile gpt2-small local && profile gpt2-small local --dtype bfloat16 && profile one-350m local &&
                 profile gpt2-small adam-fused ;;

@@ -23,7 +23,6 @@ TABLES = (
     ("step_time-cuda.json", tables.step_time_tables),
     ("step_time-cuda.json", tables.bandwidth_table),
     ("cpu_overhead-cuda.json", tables.overhead_table),
-    ("end_to_end-cuda.json", tables.training_table),
     ("ncu-*.json", tables.traffic_table),
     ("train_gpt-cuda.json", tables.loss_table),
 )

@@ -36,7 +36,6 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "table-step-time": ("step_time", tables.step_time_tables),
     "table-bandwidth": ("step_time", tables.bandwidth_table),
     "table-cpu-overhead": ("cpu_overhead", tables.overhead_table),
-    "table-end-to-end": ("end_to_end", tables.training_table),
     "table-state": ("state_bytes", tables.state_table),
 }
 DEVICES = ("cpu", "cuda")

@@ -150,16 +150,6 @@ def overhead_table(document: Document) -> str:
     return "\n".join(blocks)
 
 
-def training_table(document: Document) -> str:
-    def cell(row: Row) -> str:
-        return f"{time_and_ratio(row)}, optimizer {row['optimizer_share']:.0%}"
-
-    def title(row: Row) -> str:
-        return f"{row['size']}: {row['elements'] / 1e6:.3g} M"
-
-    return f"{provenance(document)}\n{pivot(document['results'], 'size', title, cell)}"
-
-
 def state_table(document: Document, dtype: str = "float32") -> str:
     rows = [row for row in document["results"] if row["dtype"] == dtype]
     table = pivot(rows, "model", description, lambda row: f"{row['bytes_per_parameter']:.2f} B")

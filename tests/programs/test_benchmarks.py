@@ -19,7 +19,6 @@ import torch
 pytest.importorskip("matplotlib", reason="the benchmarks' extra is not installed")
 
 import cpu_overhead
-import end_to_end
 import figures
 import state_bytes
 import step_time
@@ -347,14 +346,6 @@ def test_linear_costs_recover_a_line():
     assert cost["seconds_per_tensor"] == pytest.approx(2e-6, rel=1e-3)
 
 
-def test_end_to_end_runs_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setitem(end_to_end.SIZES, "tiny", end_to_end.Size(width=8, layers=1, heads=2, context=8, batch=2))
-    assert run(end_to_end, tmp_path, "--sizes", "tiny", "--optimizers", "smoothed@pytorch") == 0
-    rows = read(tmp_path / "end_to_end-cpu.json")["results"]
-    assert [row["optimizer"] for row in rows] == [BASELINE, "smoothed@pytorch"]
-    assert all(0 < row["optimizer_share"] < 1 for row in rows)
-
-
 def test_state_bytes_runs_end_to_end(tmp_path):
     assert run(state_bytes, tmp_path, "--models", "small-148x64") == 0
     rows = read(tmp_path / "state_bytes-cpu.json")["results"]
@@ -365,7 +356,7 @@ def test_state_bytes_runs_end_to_end(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("program", [step_time, cpu_overhead, end_to_end])
+@pytest.mark.parametrize("program", [step_time, cpu_overhead])
 def test_a_missing_gpu_is_a_reason_not_a_crash(program, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         program.main(["--device", "cuda", "--out", str(tmp_path)])
@@ -420,7 +411,7 @@ def marked(*names):
 def test_figures_are_generated_between_their_markers(recorded, tmp_path):
     readme, guide, log = (tmp_path / path for path in ("README.md", "docs/guide.md", "docs/log/old.md"))
     readme.write_text(f"before\n{marked('step-time-float32-cpu')}after\n")
-    guide.write_text(marked("table-step-time-cpu", "step-time-float32-cpu", "table-end-to-end-cuda"))
+    guide.write_text(marked("table-step-time-cpu", "step-time-float32-cpu", "table-cpu-overhead-cuda"))
     log.write_text(marked("step-time-float32-cpu"))
     changed = ["README.md", "docs/images/step-time-float32-cpu.png", "docs/guide.md", "docs/log/old.md"]
     assert recorded.update(check=True) == changed
