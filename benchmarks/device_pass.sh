@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Run on a GPU machine everything that needs one: build, tests, sanitizer, benchmarks, profiles, a training run.
 #   benchmarks/device_pass.sh [--out DIR] [--seconds N] [--train-seconds N] [--archive] [PART ...]
-# Parts: build tests sanitizer tune step-time overhead ncu train; all but tune by default, which
-# takes about nine minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time; whatever is
-# timed has the machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files,
-# device-pass.json with how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it ends in
-# that time, on a machine lent for so long; the parts that find none left are not run. --archive leaves one
-# device-pass.tar.gz in place of logs and profiles. Outside a git checkout CLARA_COMMIT tells the commit.
+# Parts: build tests sanitizer tune step-time overhead ncu train; all but tune by default, which is reckoned to take ten
+# minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time; whatever is timed has the
+# machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files, device-pass.json with
+# how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it ends in that time, on a machine
+# lent for so long: training is cut to what is left, and parts that find nothing left are not run. --archive leaves one
+# device-pass.tar.gz in place of logs and profiles. CLARA_COMMIT tells the commit where git cannot.
 # Exit codes: 0 every part passed or lacked its profiler, 1 a part failed or found no time, 2 bad arguments, 3 no usable
 # CUDA device.
 set -uo pipefail
@@ -18,7 +18,6 @@ python=$repository/.venv/bin/python
 all_parts=(build tests sanitizer tune step-time overhead ncu train)
 default_parts=(build tests sanitizer step-time overhead ncu train)
 out=$here/results
-part_seconds=600
 train_seconds=200
 deadline=
 archive=
@@ -57,27 +56,28 @@ export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
 missing_profiler=4
 
-# Calls each line of the input as a command, all at the same time, one log after the other; the worst exit status.
+# Calls each line of the input as a command, all at the same time; the worst exit status. Each has a log of its own,
+# device-pass-NAME-NUMBER.log, which is there also if time runs out.
 at_once() {
-    local logs worst=0 code command pids=()
-    logs=$(mktemp -d)
+    local name=$1 worst=0 code command pids=()
+    export OMP_NUM_THREADS=2  # else each starts as many threads as there are cores
     while read -r command; do
-        bash -c "$command" >"$logs/${#pids[@]}" 2>&1 &
+        bash -c "$command" >"$out/device-pass-$name-${#pids[@]}.log" 2>&1 &
         pids+=($!)
     done
     for i in "${!pids[@]}"; do
         wait "${pids[$i]}"
         code=$?
         [ $code -le $worst ] || worst=$code
-        cat "$logs/$i"
+        cat "$out/device-pass-$name-$i.log"
     done
-    rm -rf "$logs"
     return $worst
 }
 
 run_tests() {
-    local test="$python -m pytest -q -p no:cacheprovider tests/gpu -k"
-    at_once <<TEXT
+    # Where one has failed badly the device is lost for the tests after it.
+    local test="$python -m pytest -q -p no:cacheprovider --tb=short --maxfail=8 --timeout=90 tests/gpu -k"
+    CLARA_REQUIRE_GPU=1 at_once tests <<TEXT
 $test 'Global'
 $test 'Local'
 $test 'Smoothed'
@@ -89,20 +89,33 @@ TEXT
 sanitize() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer not found"; return $missing_profiler; }
     local target="$python benchmarks/profile_target.py mixed" tool="compute-sanitizer --error-exitcode 1 --tool"
+    # PyTorch's allocator cuts tensors out of large pieces: one that is overrun would be its neighbour, and memory that is
+    # used again would count as initialized.
+    local apart="PYTORCH_NO_CUDA_MEMORY_CACHING=1 $tool"
     # Calls that PyTorch makes to find out whether they fail are no concern of memcheck's. initcheck must see PyTorch's
-    # writes too.
-    at_once <<TEXT
-$tool memcheck --report-api-errors no --kernel-name kns=clara $target global --steps 2
-$tool memcheck --report-api-errors no --kernel-name kns=clara $target smoothed --dtype bfloat16 --steps 2
+    # writes too. The last line makes sure that memcheck sees a kernel of ours that writes too far.
+    local memcheck="$apart memcheck --report-api-errors no --kernel-name kns=clara"
+    at_once sanitizer <<TEXT
+$memcheck $target global --steps 2
+$memcheck $target smoothed --dtype bfloat16 --steps 2
 $tool racecheck --kernel-name kns=clara $target global --dtype bfloat16 --steps 2
 $tool racecheck --kernel-name kns=clara $target local --steps 2
 $tool synccheck --kernel-name kns=clara $target global --steps 2
-$tool initcheck $target local --steps 2
+$apart initcheck $target local --steps 2
+! $memcheck $target local --overrun
 TEXT
 }
 
+# Of every given model and optimizer, also where one fails.
 profile() {
-    "$python" benchmarks/profile_ncu.py --out "$out" "$@"
+    local worst=0 code what
+    for what in "$@"; do
+        # shellcheck disable=SC2086  # several words
+        "$python" benchmarks/profile_ncu.py --out "$out" $what
+        code=$?
+        [ $code -le $worst ] || worst=$code
+    done
+    return $worst
 }
 
 run_part() {
@@ -111,7 +124,8 @@ run_part() {
             # For this device alone: seconds instead of minutes.
             CLARA_BUILD=cuda CLARA_CUDA_ARCHS=$("$python" -c \
                 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
-                "$python" setup.py build_ext --inplace && "$python" -m clara_fused ;;
+                "$python" setup.py build_ext --inplace && "$python" -m clara_fused |
+                tee /dev/stderr | grep -q '^cuda:0 .*: compiled core$' ;;
         tests) run_tests ;;
         sanitizer) sanitize ;;
         tune) benchmarks/tune_kernels.sh ;;
@@ -123,9 +137,18 @@ run_part() {
             "$python" benchmarks/cpu_overhead.py --device cuda --seconds 2 --out "$out" --tensors 10 100 1000 3000 \
                 --optimizers adam-fused adam-foreach global local smoothed ;;
         ncu)
-            profile gpt2-small local && profile gpt2-small local --dtype bfloat16 && profile one-350m local &&
-                profile gpt2-small adam-fused ;;
-        train) "$python" benchmarks/train_gpt.py --device cuda --seconds "$train_seconds" --out "$out" ;;
+            profile "gpt2-small local" "gpt2-small local --dtype bfloat16" "one-350m local" "gpt2-small adam-fused" ;;
+        train)
+            [ $((limit - 20)) -ge "$train_seconds" ] || train_seconds=$((limit - 20))
+            "$python" benchmarks/train_gpt.py --device cuda --seconds "$train_seconds" --out "$out" ;;
+    esac
+}
+
+# The most seconds that a part may take by itself.
+limit_of() {
+    case $1 in
+        tests | sanitizer) echo 240 ;;  # one that hangs must not leave the others without time
+        *) echo 600 ;;
     esac
 }
 export -f run_part at_once run_tests sanitize profile
@@ -134,7 +157,8 @@ export python out missing_profiler train_seconds
 # Runs a part; its log and, for the table, a line in $status/PART.
 status=$(mktemp -d)
 run_recorded() {
-    local part=$1 start=$SECONDS limit=$part_seconds code result
+    local part=$1 start=$SECONDS limit code result
+    limit=$(limit_of "$part")
     if [ -n "$deadline" ] && [ $((deadline - start - 15)) -lt "$limit" ]; then
         limit=$((deadline - start - 15))  # to end a part, and for the table
     fi
@@ -142,7 +166,7 @@ run_recorded() {
         echo "$part|not run: no time left|0" >"$status/$part"
         return
     fi
-    timeout --kill-after=10 "$limit" bash -c "run_part $part" 2>&1 | tee "$out/device-pass-$part.log"
+    limit=$limit timeout --kill-after=10 "$limit" bash -c "run_part $part" 2>&1 | tee "$out/device-pass-$part.log"
     code=${PIPESTATUS[0]}
     case $code in
         0) result=passed ;;

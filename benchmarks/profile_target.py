@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from clara_fused.adaptation import PathSums
 from harness.contenders import CONTENDERS, Unavailable
 from harness.models import MODELS, ModelShapes
 from harness.report import NOTHING_MEASURED, checked_choices
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("variant", type=checked_choices("optimizer", CONTENDERS), help=", ".join(CONTENDERS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--steps", type=int, default=10, help="recorded; default: %(default)s")
+    parser.add_argument("--overrun", action="store_true", help="instead let a kernel of ours write past its memory")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("skipped: PyTorch finds no usable CUDA device")
@@ -38,20 +41,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     params = PROFILED[args.model].parameters(getattr(torch, args.dtype), torch.device("cuda"))
     contender = CONTENDERS[args.variant]
     try:
-        step = contender.build(params).step
+        optimizer = contender.build(params)
     except Unavailable as error:
         print(f"skipped: {error}")
         return NOTHING_MEASURED
     for _ in range(WARM_UP_STEPS):
-        step()
+        optimizer.step()
+    if args.overrun:
+        overrun(optimizer)
+        return 0
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
     for _ in range(args.steps):
         with torch.cuda.nvtx.range("clara.step"):
-            step()
+            optimizer.step()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
     return 0
+
+
+def overrun(optimizer: Any) -> None:
+    """Let `measure` write the sums of all tensors into room for one: whether a sanitizer notices."""
+    (bucket,) = optimizer._gather(optimizer._read_inputs())
+    one_row = bucket._numbers(len(PathSums._fields))[:1].clone()
+    bucket._bucket.measure(one_row.data_ptr(), *bucket._launch())
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -236,9 +236,11 @@ def rounded(loss: float) -> float | None:
     return round(loss, 5) if math.isfinite(loss) else None
 
 
-def steps_that_fit(args: argparse.Namespace, text: Batches, device: torch.device, runs: int, seconds: float) -> int:
-    """So many that all runs end in time; found out with the slowest kind of run."""
+def steps_that_fit(args: argparse.Namespace, text: Batches, device: torch.device, runs: int, deadline: float) -> int:
+    """So many that all runs end before `perf_counter` is there; found out with the slowest kind of run."""
+    started = time.perf_counter()
     run = Run(args, CONTENDERS["smoothed"], RATES[0], device)
+    building = time.perf_counter() - started
     for step in range(5):
         run.step(text, step, 5).item()
     started = time.perf_counter()
@@ -246,7 +248,8 @@ def steps_that_fit(args: argparse.Namespace, text: Batches, device: torch.device
         run.step(text, step, 10)
     run.step(text, 10, 10).item()
     per_step = (time.perf_counter() - started) / 11
-    return max(10, int(0.9 * seconds / runs / per_step) - VALIDATION_BATCHES)
+    left = 0.9 * (deadline - time.perf_counter())
+    return max(10, int((left / runs - building) / per_step) - VALIDATION_BATCHES)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -262,34 +265,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = Batches(tokens[:-held_back].to(device), args.batch, args.context)
     validation = Batches(tokens[-held_back:].to(device), args.batch, args.context)
     chosen = [(name, rate) for rate in args.rates for name in args.optimizers]
-    left = args.seconds - (time.perf_counter() - started)
-    steps = args.steps or steps_that_fit(args, text, device, len(chosen), left)
+    steps = args.steps or steps_that_fit(args, text, device, len(chosen), started + args.seconds)
 
     parameters = sum(p.numel() for p in Run(args, CONTENDERS["adam"], 0.0, device).model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters, {len(tokens) / 1e6:.1f} M tokens, {steps} steps of "
           f"{args.batch * args.context} tokens, {args.precision}")  # fmt: skip
     columns = "{:24} {:>8} {:>9} {:>10}  {:34} {}".format
     print(columns("optimizer", "rate", "training", "validation", "scale (lowest, median, highest)", "ms/step"))
-    runs = []
-    for name, rate in chosen:
-        if args.seconds and time.perf_counter() - started > args.seconds:
-            print("no time left for the rest")
-            break
-        result = finished(Run(args, CONTENDERS[name], rate, device), text, validation, steps)
-        runs.append({"optimizer": name, "label": CONTENDERS[name].label, "rate": rate, **result})
-        scales = ", ".join(f"{scale:.3g}" for scale in result["lr_scale"])
-        losses = [loss_text(result[key]) for key in ("final_training_loss", "validation_loss")]
-        seconds = f"{result['seconds_per_step'] * 1e3:.1f}"
-        print(columns(CONTENDERS[name].label, f"{rate:.0e}", *losses, scales, seconds), flush=True)
-
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
+    runs: list[dict[str, Any]] = []
     document = {
         "benchmark": "train_gpt", "device": device.type, **describe_environment(device), "settings": settings,
         "parameters": parameters, "tokens": len(tokens), "steps": steps, "runs": runs,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"train_gpt-{device.type}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for name, rate in chosen:
+        if args.seconds and time.perf_counter() - started > args.seconds:
+            print("no time left for the rest")
+            break
+        result = finished(Run(args, CONTENDERS[name], rate, device), text, validation, steps)
+        runs.append({"optimizer": name, "label": CONTENDERS[name].label, "rate": rate, **result})
+        # After each: who borrows a machine may run out of time.
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        scales = ", ".join(f"{scale:.3g}" for scale in result["lr_scale"])
+        losses = [loss_text(result[key]) for key in ("final_training_loss", "validation_loss")]
+        seconds = f"{result['seconds_per_step'] * 1e3:.1f}"
+        print(columns(CONTENDERS[name].label, f"{rate:.0e}", *losses, scales, seconds), flush=True)
     print(f"results: {path}")
     return 0
 

@@ -129,12 +129,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checked-out commit, `-dirty` if tracked files were changed; outside a git checkout CLARA_COMMIT, or None."""
+    """CLARA_COMMIT, or the checked-out commit, `-dirty` if tracked files were changed; None outside a git checkout."""
+    if told := os.environ.get("CLARA_COMMIT"):  # a copy of a checkout may be a checkout of something else
+        return told
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("CLARA_COMMIT")
+        return None
     return head.stdout.strip()

@@ -1,7 +1,11 @@
-"""Tests that need a CUDA device; skipped, with the reason, where there is none or the core cannot use it."""
+"""Tests that need a CUDA device; skipped, with the reason, where there is none or the core cannot use it.
+
+CLARA_REQUIRE_GPU=1: an error in place of the skip, on a machine that is there to run them.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not here:
         return
     reason = why_no_gpu()
+    if reason and os.environ.get("CLARA_REQUIRE_GPU"):
+        pytest.exit(reason, returncode=1)
     for item in here:
         item.add_marker(pytest.mark.gpu)
         if reason:

@@ -109,19 +109,24 @@ case "$*" in
     *device_report.py*) cat >"${@: -1}/device-pass.json" ;;
     *get_device_capability*) echo 90 ;;
     *build_ext*) sleep "$BUILD_SECONDS" ;;
-    *"-m pytest"*) exit 3 ;;
+    *"-m clara_fused"*) echo "cuda:0 (float32): $BACK_END" ;;
+    *"-m pytest"*"not Global"*) echo one of the tests failed; exit 3 ;;
+    *"-m pytest"*) sleep "$TEST_SECONDS" ;;
 esac
 """
 
 
-def run_device_pass(folder, *arguments, build_seconds=0):
+def run_device_pass(folder, *arguments, build_seconds=0, test_seconds=0, back_end="compiled core"):
     (folder / "benchmarks").mkdir()
     shutil.copy(BENCHMARKS / "device_pass.sh", folder / "benchmarks")
     (folder / "bin").mkdir()
     python = folder / "bin" / "python3"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{python.parent}:/usr/bin:/bin", "BUILD_SECONDS": str(build_seconds)}
+    environment = {
+        **os.environ, "PATH": f"{python.parent}:/usr/bin:/bin", "BACK_END": back_end,
+        "BUILD_SECONDS": str(build_seconds), "TEST_SECONDS": str(test_seconds),
+    }  # fmt: skip
     command = ["bash", folder / "benchmarks" / "device_pass.sh", "--out", folder / "out", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -140,6 +145,29 @@ def test_the_device_pass_ends_in_the_time_it_is_given(tmp_path):
     records = [line.rsplit("|", 1) for line in (tmp_path / "out" / "device-pass.json").read_text().splitlines()]
     assert [record for record, _ in records] == ["build|ran out of time", "tests|not run: no time left"]
     assert int(records[0][1]) < 26
+
+
+def test_what_a_part_said_is_kept_where_it_ran_out_of_time(tmp_path):
+    done = run_device_pass(tmp_path, "--seconds", "27", "tests", test_seconds=100)
+    assert done.returncode == 1, done.stderr
+    assert "tests|ran out of time" in (tmp_path / "out" / "device-pass.json").read_text()
+    assert (tmp_path / "out" / "device-pass-tests-3.log").read_text() == "one of the tests failed\n"
+
+
+def test_a_build_that_does_not_serve_the_device_has_failed(tmp_path):
+    done = run_device_pass(tmp_path, "build", back_end="PyTorch")
+    assert done.returncode == 1, done.stderr
+    assert "build|failed" in (tmp_path / "out" / "device-pass.json").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_tests_that_are_required_are_not_skipped():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "tests/gpu"]
+    done = subprocess.run(
+        command, cwd=BENCHMARKS.parent, env={**os.environ, "CLARA_REQUIRE_GPU": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "CUDA" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--seconds", "0.5"], ["--seconds"], ["no-such-part"]])
