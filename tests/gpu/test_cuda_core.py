@@ -28,6 +28,8 @@ from helpers import (
 )
 from helpers import parameters as cpu_parameters
 
+from clara_fused.adaptation import total_evidence
+
 # Around the vectors of 4, the block's run of 1024 and the chunks of 4096 and 8192 elements that the kernels work in.
 BORDER_SHAPES = [(0,), (), (1,), (3,), (4,), (5, 3), (127,), (1023,), (1024,), (1025,), (4097,), (8191,), (8192,)]
 BORDER_SHAPES += [(8193,), (2, 8192), (16389,), (0, 7)]
@@ -128,8 +130,9 @@ def test_groups_and_joining_parameters_against_the_formulas(variant: str, device
         check.step()
 
 
-def test_strides_and_alignments_against_the_formulas(variant: str, device: torch.device) -> None:
-    flat = torch.randn(200_000, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_and_alignments_against_the_formulas(variant: str, dtype: torch.dtype, device: torch.device) -> None:
+    flat = torch.randn(200_000, device=device).to(dtype)
     views = [
         flat[1:1026],
         flat[2000:12003].view(-1),
@@ -143,7 +146,7 @@ def test_strides_and_alignments_against_the_formulas(variant: str, device: torch
         set_gradients(all_params(optimizer), step)
         # Laid out as their parameters, and every other one at another alignment.
         for index, param in enumerate(all_params(optimizer)):
-            memory = torch.empty(param.numel() + 1, device=device)
+            memory = torch.empty(param.numel() + 1, dtype=dtype, device=device)
             param.grad = memory.as_strided(param.size(), param.stride(), index % 2).copy_(param.grad)
         check.step()
 
@@ -178,6 +181,36 @@ def test_same_bits_every_time_on_any_stream_in_any_order(variant: str, device: t
         assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
         for a, b in zip(first[1], again[1], strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_verbs_one_by_one_do_what_a_step_does(variant: str, device: torch.device) -> None:
+    """As sharded parameters have them."""
+    outcomes = []
+    for apart in (False, True):
+        optimizer = optimizer_for(variant, parameters(device))
+        train(optimizer, 1)
+        for step in range(1, 4):
+            set_gradients(all_params(optimizer), step)
+            if not apart:
+                optimizer.step()
+                continue
+            with torch.no_grad():
+                (bucket,) = optimizer._gather(optimizer._read_inputs())
+                evidence = bucket.advance(bucket.measure())
+                bucket.rescale(total_evidence([evidence])[None] if variant == "Global" else evidence)
+                bucket.update()
+        outcomes.append(results(optimizer))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_more_tensors_than_a_launch_takes(variant: str, device: torch.device) -> None:
+    outcomes = []
+    for fused in (True, False):
+        params = parameters(device, [(5,), (130,)] * 2100)
+        optimizer = optimizer_for(variant, params, fused=fused)
+        train(optimizer, 2)
+        outcomes.append(torch.cat([param.detach().flatten() for param in params]))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.timeout(600)
@@ -251,7 +284,7 @@ def kernels_of(step: Callable[[], Any]) -> list[str]:
         torch.cuda.synchronize()
     on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     # Some versions also tell of annotations, and of synchronizations.
-    return [name for name in on_device if not name.startswith("clara.") and not name.endswith(" Sync")]
+    return [name for name in on_device if not name.startswith(("clara.", "Optimizer.")) and not name.endswith(" Sync")]
 
 
 @pytest.mark.parametrize("count", [1, 300, 3000])
@@ -321,7 +354,7 @@ def test_fresh_gradients_and_telemetry_do_not_wait_for_the_device(variant: str, 
 
 def test_a_captured_step_replays_with_new_gradients_and_learning_rates(variant: str, device: torch.device) -> None:
     def prepared() -> tuple[list[torch.nn.Parameter], torch.Tensor, torch.optim.Optimizer]:
-        params = parameters(device)
+        params = parameters(device) + parameters(device, dtype=torch.bfloat16)
         lr = torch.tensor(0.01, device=device)
         optimizer = optimizer_for(variant, params, lr=lr)
         for param in params:
@@ -414,6 +447,20 @@ def test_steps_of_pytorch_operations_can_be_captured(variant: str, device: torch
         for _ in range(3):
             step()
         torch.cuda.synchronize()
+        outcomes.append(results(optimizer))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_an_optimizer_moves_from_stream_to_stream(variant: str, device: torch.device) -> None:
+    outcomes = []
+    for streams in ([torch.cuda.current_stream()], [torch.cuda.Stream() for _ in range(3)]):
+        optimizer = optimizer_for(variant, parameters(device))
+        for step in range(6):
+            set_gradients(all_params(optimizer), step % 2)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(streams[step % len(streams)]):
+                optimizer.step()
+            torch.cuda.synchronize()
         outcomes.append(results(optimizer))
     assert outcomes[0] == outcomes[1]
 
