@@ -44,8 +44,11 @@ def main() -> None:
     }
     (folder / "device-pass.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     ends = tables.markdown_table(["part", "how it ended", "seconds"], rows)
-    for text in (*tables_of(folder), f"{tables.provenance(record)}\n{ends}"):
-        print(tables.aligned(text))
+    try:
+        for text in tables_of(folder):
+            print(tables.aligned(text))
+    finally:  # also where a part has left half a file
+        print(tables.aligned(f"{tables.provenance(record)}\n{ends}"))
 
 
 if __name__ == "__main__":
