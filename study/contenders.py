@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from unittest import mock
 
@@ -81,8 +81,9 @@ class Contender:
         if self.optimizer in OURS:
             options = {**OURS[self.optimizer]([torch.zeros(1)], **options).defaults}
             del options["lr"]
-        around = {"warm_up": self.warm_up, "final": self.final, "sampled_from": self.sampled_from}
-        return {name: repr(value) for name, value in options.items()} | {k: v for k, v in around.items() if v}
+        around = [each for each in fields(self) if each.name in ("warm_up", "final", "sampled_from")]
+        changed = {f.name: value for f in around if (value := getattr(self, f.name)) != f.default}
+        return {name: repr(value) for name, value in options.items()} | changed
 
     def build(self, params: Sequence[Tensor], lr: float, steps: int) -> Trainer:
         module, name = OPTIMIZERS[self.optimizer]

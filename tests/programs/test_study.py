@@ -64,9 +64,10 @@ def test_other_settings_are_another_run_and_runs_travel_between_processes() -> N
     base = short_run()
     changed = Contender("smoothed", "", "smoothed", {"damping": 0.7})
     scheduled = Contender("smoothed", "", "smoothed", warm_up=0.1)
-    others = [runs.Run(base.task, each, base.lr, base.seed, base.steps) for each in (changed, scheduled)]
+    annealed = Contender("smoothed", "", "smoothed", final=0.0)
+    others = [runs.Run(base.task, each, base.lr, base.seed, base.steps) for each in (changed, scheduled, annealed)]
     others += [runs.Run(base.task, base.contender, base.lr, 1, 12), short_run(lr=1e-2), short_run(steps=13)]
-    assert len({each.key for each in (base, *others)}) == 6
+    assert len({each.key for each in (base, *others)}) == 7
     assert pickle.loads(pickle.dumps(base)).key == short_run().key == base.key
     # The default by its value is the same run: what counts is what is in force.
     defaults = OURS["smoothed"]([torch.zeros(1)]).defaults
