@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,19 +16,28 @@ from .core import loading
 from .distributed import dtensors, foreign, placement, sharding
 from .options import (
     OPTIONS,
+    SWITCHES,
     Constructor,
     GroupOptions,
     OptionReader,
     SmoothedConstructor,
     check_switches,
     coming_lr,
-    drop_switches,
     largest_lr,
 )
 from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, moved
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
+
+
+class _InitialScale(NamedTuple):
+    """What the first parameter of a group that got a state began with."""
+
+    group: dict[str, Any]
+    param: Tensor
+    entry: dict[str, Any]
+    scale: float | Tensor
 
 
 class AdamClara(Constructor, Optimizer):
@@ -57,6 +66,9 @@ class AdamClara(Constructor, Optimizer):
         self.fused = fused
         self.process_group = arguments["process_group"]
         self._core = core_buckets.Gatherer(self.one_scale)
+        # By the group's id. A first step may be taken at 0: in a warm-up, or by torch.distributed.checkpoint, which has
+        # the optimizer make its state so.
+        self._given_lrs: dict[int, float | Tensor] = {}
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
         self._all_groups = self.param_groups
@@ -70,8 +82,8 @@ class AdamClara(Constructor, Optimizer):
         self._signatures: dict[int, tuple[object, ...]] = {}
         # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
         self._scales: dict[torch.device, Tensor] = {}
-        # Initial scales by group (AdamClaraGlobal: in place 0), as the group's first state got them.
-        self._initial_scales: dict[int, Tensor] = {}
+        # By the group's id. Who joins a group later starts as those did that are there.
+        self._initial_scales: dict[int, _InitialScale] = {}
 
     @property
     def process_group(self) -> Any:
@@ -195,6 +207,8 @@ class AdamClara(Constructor, Optimizer):
             works[location] = TensorWork(location, param, grad, entry)
         if self.one_scale:
             _refuse_duplicates(works.values())
+        if to_complete:
+            self._scales = {}  # the states that held it may be gone
         for location in to_complete:
             works[location] = works[location]._replace(state=self._create_state(location))
         if self.one_scale:
@@ -210,13 +224,16 @@ class AdamClara(Constructor, Optimizer):
     def _create_state(self, location: Location) -> dict[str, Any]:
         """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
         group_index, param_index = location
-        param = self.param_groups[group_index]["params"][param_index]
+        group = self.param_groups[group_index]
+        param = group["params"][param_index]
         options, _ = self._options.read(self.param_groups)
         entry: dict[str, Any] = self.state[param]
         if "exp_avg" in entry and not (self.one_scale and self._shared_scales()):
             scale: float | Tensor = state.trained_scale(options[group_index])
         else:
             scale = self._initial_scale(group_index, options)
+            if self._known_initial_scale(group) is None:
+                self._initial_scales[id(group)] = _InitialScale(group, param, entry, scale)
         state.complete(entry, param, options[group_index], scale, self.process_group is not None)
         self._scales = {}
         return entry
@@ -250,14 +267,26 @@ class AdamClara(Constructor, Optimizer):
         own = options[group_index]
         if not own.adapt_lr or own.initial_scale:
             return own.initial_scale if own.adapt_lr else 1.0
+        known = self._known_initial_scale(self.param_groups[group_index])
+        if known is not None:
+            return known
         groups = range(len(self.param_groups)) if self.one_scale else [group_index]
-        if groups[0] not in self._initial_scales:
-            sizes = [self._size(index) for index in groups]
-            size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
-            _, lrs = self._options.read(self.param_groups)
-            lr = largest_lr([coming_lr(lrs[i], self.param_groups[i], i) for i in groups], size.device)
-            self._initial_scales[groups[0]] = state.cautious_scale(size, lr, own)
-        return self._initial_scales[groups[0]]
+        sizes = [self._size(index) for index in groups]
+        size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
+        _, lrs = self._options.read(self.param_groups)
+        lr = largest_lr([self._coming_lr(lrs[index], index) for index in groups], size.device)
+        return state.cautious_scale(size, lr, own)
+
+    def _coming_lr(self, lr: float | Tensor, group_index: int) -> float | Tensor:
+        group = self.param_groups[group_index]
+        return coming_lr(lr, group.get("initial_lr", self._given_lrs.get(id(group), 0.0)), group_index)
+
+    def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
+        """What the group began with, as long as the state is there that did."""
+        known = self._initial_scales.get(id(group))
+        if known is None or known.group is not group or self.state.get(known.param) is not known.entry:
+            return None
+        return known.scale
 
     def _size(self, group_index: int) -> Tensor:
         if self._ranks is not None:
@@ -274,10 +303,8 @@ class AdamClara(Constructor, Optimizer):
             start with (1 where only other ranks know).
         """
         options, _ = self._options.read(self.param_groups)
-        known = dict(self._initial_scales)
-        scales = [self._group_scales(index, group["params"], options) for index, group in enumerate(self.param_groups)]
-        self._initial_scales = known  # they are settled by the first step, not by looking
-        return scales
+        self._scales = {}  # the states that held it may be gone
+        return [self._group_scales(index, group["params"], options) for index, group in enumerate(self.param_groups)]
 
     def _group_scales(self, index: int, params: Sequence[Tensor], options: Sequence[GroupOptions]) -> Tensor:
         devices = [param.device for param in params]
@@ -333,7 +360,7 @@ class AdamClara(Constructor, Optimizer):
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
         try:
-            drop_switches(group, index)
+            check_switches({name: group[name] for name in SWITCHES if name in group}, f"param group {index}")
             self._options.read_group(group, index)
             if len(set(map(id, group["params"]))) < len(group["params"]):
                 raise ValueError(f"param group {index}: a parameter appears more than once in the group")
@@ -341,6 +368,7 @@ class AdamClara(Constructor, Optimizer):
             self.param_groups.pop()
             raise
         self._options.normalize(group)
+        self._given_lrs[id(group)] = group["lr"]
         self._shards_are_checked = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -384,6 +412,7 @@ class AdamClara(Constructor, Optimizer):
         for group, template in zip(groups, templates, strict=True):
             state.adopt_group(group, template, self.option_names)
             reader.normalize(group)
+        self._given_lrs = {id(group): group["lr"] for group in groups}
         options, _ = reader.read(groups)
         process_group: placement.ProcessGroupReference = new.get("_process_group") or self._process_group
         all_elements = process_group.group is not None

@@ -374,9 +374,9 @@ def _read_lr(lr: Any, index: int) -> float | Tensor:
     return number
 
 
-def coming_lr(lr: float | Tensor, group: Mapping[str, Any], index: int) -> float | Tensor:
-    """A checked learning rate; where a warm-up starts at 0, the one it leads to, as torch's schedulers note it."""
-    return lr if isinstance(lr, Tensor) or lr > 0.0 else _read_lr(group.get("initial_lr", 0.0), index)
+def coming_lr(lr: float | Tensor, given: Any, index: int) -> float | Tensor:
+    """A checked learning rate; where a step is taken at 0, the `given` one that it will lead to."""
+    return lr if isinstance(lr, Tensor) or lr > 0.0 else _read_lr(given, index)
 
 
 def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:
@@ -391,12 +391,13 @@ def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | T
 
 # --- torch.optim's switches ------------------------------------------------------------------------------------------
 
-_ADVICE = {
+_ADVICE_ON_SWITCHES = {
     "foreach": "the compiled core (fused=None) and the PyTorch back end (fused=False) both step many tensors at once",
     "capturable": "every step can be captured into a CUDA graph; make lr a tensor on the device",
     "differentiable": "the step is taken without autograd; use torch.optim.Adam where it is to be differentiated",
     "fused": "it is an argument of the optimizer, not of a param group",
 }
+SWITCHES = tuple(_ADVICE_ON_SWITCHES)
 
 
 def check_switches(switches: Mapping[str, Any], where: str) -> None:
@@ -406,14 +407,7 @@ def check_switches(switches: Mapping[str, Any], where: str) -> None:
         TypeError: one of them asks for something, or is not known to torch.optim.
     """
     for name, value in switches.items():
-        if name not in _ADVICE:
+        if name not in SWITCHES:
             raise TypeError(f"{where} got an unexpected keyword argument {name!r}")
         if value is not None and (name == "fused" or value is not False):
-            raise TypeError(f"{where} does not take {name}={value!r}: {_ADVICE[name]}")
-
-
-def drop_switches(group: dict[str, Any], index: int) -> None:
-    """Take torch.optim's switches out of a param group, where they must ask for nothing; see `check_switches`."""
-    check_switches({name: group[name] for name in _ADVICE if name in group}, f"param group {index}")
-    for name in _ADVICE:
-        group.pop(name, None)
+            raise TypeError(f"{where} does not take {name}={value!r}: {_ADVICE_ON_SWITCHES[name]}")

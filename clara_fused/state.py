@@ -249,7 +249,7 @@ def size_of(parts: Sequence[Tensor]) -> Tensor:
 
 def size_of_group(params: Sequence[Tensor]) -> Tensor:
     """`size_of` the parameters that are trained, for one rank alone."""
-    return size_of([dtensors.local(param.detach()) for param in params if counts(param)])
+    return size_of([dtensors.local(param) for param in params if counts(param)])
 
 
 def counts(param: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ def check_shards(param_groups: ParamGroups, all_groups: ParamGroups, process_gro
     """
     ranks = torch.distributed.get_world_size() if is_distributed() else 1
     without_group = process_group is None and ranks > 1
+    if one_scale and without_group and _steps_for_zero_redundancy_optimizer():
+        raise ValueError(f"AdamClaraGlobal inside of {_ZERO_WITHOUT_GROUP}. See docs/distributed.md")
     params = dict(located(param_groups))
     shards = shards_of(params)
     for location, param in params.items():
@@ -44,6 +48,21 @@ def check_shards(param_groups: ParamGroups, all_groups: ParamGroups, process_gro
             raise ValueError(f"{describe(*location, param)} {problem}. See docs/distributed.md")
 
 
+def _steps_for_zero_redundancy_optimizer() -> bool:
+    """Whether torch's ZeroRedundancyOptimizer is calling; it leaves no mark on parameters or optimizer."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame: FrameType | None = sys._getframe()
+    while module is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_ZERO_WITHOUT_GROUP = (
+    "ZeroRedundancyOptimizer sees this rank's parameters only, and each rank would find a scale of its own: pass "
+    "optimizer_class=functools.partial(AdamClaraGlobal, process_group=torch.distributed.group.WORLD)"
+)
 _FSDP1_WITHOUT_GROUP = (
     "is a shard of FSDP1, whose process group an optimizer cannot find: pass process_group=, the group "
     "FullyShardedDataParallel shards over (torch.distributed.group.WORLD unless you gave it another; under NO_SHARD a "

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ParamGroups = Sequence[Mapping[str, Any]]
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 
 class ProcessGroupReference:
     """Holds the `process_group` of an optimizer through deepcopy (shared) and pickling (lost: groups are per process).
@@ -61,12 +63,17 @@ def check_process_group(group: object) -> None:
 def needs_sums(param_groups: ParamGroups, process_group: ProcessGroup | None) -> bool:
     """Whether some parameter may be spread over several ranks."""
     if process_group is not None:
-        return True
+        return not is_rehearsal()
     for group in param_groups:
         for param in group["params"]:
             if type(param) is not Parameter and is_dtensor(param):  # asked at every step: the first is quick
-                return True
+                return not is_rehearsal()
     return False
+
+
+def is_rehearsal() -> bool:
+    """Whether nothing is sent: tensors without values, or ranks that are not there (estimates of memory)."""
+    return torch._C._get_dispatch_mode(_FAKE) is not None or torch.distributed.get_backend() == "fake"
 
 
 def located(param_groups: ParamGroups) -> Iterator[tuple[Location, Tensor]]:

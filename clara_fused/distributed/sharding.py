@@ -356,7 +356,7 @@ def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]])
     by_group: dict[tuple[int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
         if counts(param):
-            by_group.setdefault((location.group_index, weight), []).append(local(param.detach()))
+            by_group.setdefault((location.group_index, weight), []).append(local(param))
     sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
     for (group_index, weight), parts in by_group.items():
         sizes[group_index] += weight * size_of(parts).cpu()

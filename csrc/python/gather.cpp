@@ -308,12 +308,14 @@ class Gatherer {
       const py::object group = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), g));
       if (!PyDict_Check(group.ptr())) throw py::type_error("param_groups must hold dicts");
       const py::object params = py::reinterpret_borrow<py::object>(item(group.ptr(), names().params));
-      if (!params || !PyList_Check(params.ptr())) throw py::type_error("the params of a group must be a list");
+      if (!params || !(PyList_Check(params.ptr()) || PyTuple_Check(params.ptr()))) {
+        throw py::type_error("the params of a group must be a list");
+      }
       PyObject* const amsgrad = item(group.ptr(), names().amsgrad);
       const int is_amsgrad = amsgrad == nullptr ? 0 : PyObject_IsTrue(amsgrad);
       if (is_amsgrad < 0) throw py::error_already_set();
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-        py::object param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i) {
+        py::object param = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), i));
         py::object grad = owned(PyObject_GetAttr(param.ptr(), names().grad));
         if (!grad || grad.is_none()) continue;
         Candidate candidate{};

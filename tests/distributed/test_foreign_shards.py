@@ -1,4 +1,4 @@
-"""Shards that do not say so: FSDP1 without process_group, and vectors that DeepSpeed puts in place of parameters."""
+"""Shards that do not say so: FSDP1 and ZeRO without process_group, and vectors that DeepSpeed puts in their place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ranks import World
 from sharded_models import LIVELY, VARIANTS, make_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from clara_fused.distributed.placement import shards_of
 from clara_fused.step import Location
@@ -134,3 +135,22 @@ def test_a_vector_of_the_users_own_is_nobodys_partition() -> None:
     optimizer = VARIANTS["Local"]([vector, nn.Parameter(torch.ones(2))], **LIVELY)
     optimizer.step()
     assert vector in optimizer.state
+
+
+def zero_without_group(variant: str) -> str:
+    model = make_model()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=VARIANTS[variant], **LIVELY)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("variant", ["Local", "Global"])
+def test_one_scale_inside_of_zero_needs_the_group(world2: World, variant: str) -> None:
+    """Each rank found a scale of its own, 0.52 and 0.20 where the single process had 0.44."""
+    for message in world2.run(zero_without_group, variant):
+        assert ("pass optimizer_class=functools.partial(AdamClaraGlobal" in message) == (variant == "Global")

@@ -16,6 +16,7 @@ from ranks import World
 from sharded_models import LAYOUTS, MOVING, VARIANTS, Sharded, full_parameters, make_model, on_all_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import clara_fused
@@ -597,3 +598,19 @@ def scaled_training(variant: str, fused_amp: bool) -> float:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_grad_scaler_finds_the_overflow_of_any_rank(world2: World, variant: str, fused_amp: bool) -> None:
     assert max(world2.run(scaled_training, variant, fused_amp)) < 5e-8
+
+
+def step_in_inference_mode(variant: str) -> float:
+    model = fully_shard(nn.Linear(8, 8), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = VARIANTS[variant](model.parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    with torch.inference_mode():
+        optimizer.step()
+    return float(optimizer.lr_scales()[0][0])
+
+
+@pytest.mark.parametrize("variant", ["Local", "Global"])
+def test_a_first_step_in_inference_mode(world2: World, variant: str) -> None:
+    """torch.optim.Adam takes it; detached parameters have no version that a step could count on."""
+    first, second = world2.run(step_in_inference_mode, variant)
+    assert first == second > 0.0

@@ -156,6 +156,17 @@ def test_switches_of_torch_that_ask_for_nothing_are_taken(variant: str, fused: b
     train(optimizer, 2)
 
 
+def test_groups_of_another_optimizer_stay_its_own(variant: str, fused: bool) -> None:
+    """torch.optim keeps the dicts that it is given; they lost what the other one reads at every step."""
+    params = parameters()
+    adam = torch.optim.Adam(params, lr=0.1)
+    optimizer = VARIANTS[variant](adam.param_groups, fused=fused)
+    for each in (optimizer, adam, optimizer):
+        set_gradients(params, 0)
+        each.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 @pytest.mark.parametrize("name", TORCH_SWITCHES)
 def test_switches_of_torch_that_ask_for_something_get_advice(name: str, variant: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}=True: .{{20}}"):

@@ -215,3 +215,58 @@ def test_a_rate_a_thousand_times_too_large_is_survived(variant: str, fused: bool
     # The variance of the targets, which the careless run hardly gets below, is about 0.5.
     assert final_loss("cautious") < 0.1
     assert final_loss(1.0) > 0.2
+
+
+def first_scale_at(optimizer: Any, lr: float, seed: int = 0) -> float:
+    """Of the last group's first parameter, in a step at this rate."""
+    for group in optimizer.param_groups:
+        set_gradients(group["params"], seed)
+    optimizer.param_groups[-1]["lr"] = lr
+    optimizer.step()
+    return float(optimizer.lr_scales()[-1][0])
+
+
+def test_an_optimizer_whose_state_was_dropped_begins_again(variant: str, fused: bool) -> None:
+    """As reinforcement learning resets it; the old scale let a step through that was 100 times too large."""
+    optimizer = VARIANTS[variant](parameters([(30, 20)]), lr=1e-4, initial_scale="cautious", fused=fused)
+    assert first_scale_at(optimizer, 1e-4) == 1.0
+    optimizer.state.clear()
+    expected = 0.01 * root_mean_square(optimizer.param_groups[0]["params"]) / 5.0
+    optimizer.param_groups[0]["lr"] = 5.0
+    assert float(optimizer.lr_scales()[0][0]) == pytest.approx(expected, rel=1e-5)
+    assert first_scale_at(optimizer, 5.0) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["Local", "Smoothed"])
+def test_a_group_does_not_begin_where_one_did_that_has_gone(variant: str, fused: bool) -> None:
+    small, large = (torch.nn.Parameter(size * torch.ones(50)) for size in (1e-3, 10.0))
+    optimizer = VARIANTS[variant]([{"params": [small]}, {"params": [large]}], lr=0.5, fused=fused)
+    small.grad = torch.ones(50)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    assert first_scale_at(optimizer, 0.5) == pytest.approx(0.2, rel=1e-5)
+
+
+def test_who_joins_a_group_begins_as_the_others_did(variant: str, fused: bool) -> None:
+    params = parameters([(40,), (30,)])
+    optimizer = VARIANTS[variant](params, lr=5.0, adapt_lr=True, clip=(1.0, 1.0), fused=fused)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    began = float(optimizer.lr_scales()[0][0])
+    optimizer.param_groups[0]["lr"] = 50.0
+    set_gradients(params, 1)
+    optimizer.step()
+    assert optimizer.lr_scales()[0].tolist() == [began] * 2
+
+
+def test_a_state_made_for_a_checkpoint_begins_as_any_other(variant: str, fused: bool) -> None:
+    """torch.distributed.checkpoint lets an optimizer make its state in a step at a rate of 0."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    torch.manual_seed(0)
+    model = nn.Linear(30, 20)
+    optimizer = VARIANTS[variant](model.parameters(), lr=5.0, fused=fused)
+    expected = optimizer.lr_scales()[0].tolist()
+    assert expected[0] < 0.1
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.lr_scales()[0].tolist() == pytest.approx(expected, rel=1e-6)

@@ -95,6 +95,22 @@ def test_the_core_alone_refuses_other_layouts(layout: str, variant: str, fused: 
     assert snapshot(optimizer) == before
 
 
+class OwnParameter(torch.nn.Parameter):
+    """A class without any behaviour of its own."""
+
+
+def test_the_core_alone_refuses_parameters_of_other_classes(variant: str, fused: bool) -> None:
+    """It said that they share memory."""
+    param = OwnParameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = VARIANTS[variant]([param], fused=fused or None)
+    if not fused:
+        optimizer.step()
+        return
+    with pytest.raises(RuntimeError, match="parameters of a class of their own"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every second", "misaligned"])
 def test_state_of_any_layout(layout: str, variant: str, fused: bool) -> None:
     """State arrives from checkpoints in the layout that its writer chose."""

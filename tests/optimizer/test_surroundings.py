@@ -133,6 +133,29 @@ def test_fake_tensors_leave_nothing_behind(fused: bool | None, variant: str) -> 
         assert real() == expected
 
 
+@pytest.fixture
+def ranks_that_are_not_there() -> Iterator[Any]:
+    """A mesh of two ranks of which this one sends to nobody."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [False, True], ids=["fake tensors", "real tensors"])
+def test_sharded_training_is_rehearsed(values: bool, variant: str, ranks_that_are_not_there: Any) -> None:
+    """Estimates of memory for FSDP2; the ranks were compared, and these are not there to answer."""
+    with nullcontext() if values else FakeTensorMode():
+        model = torch.distributed.fsdp.fully_shard(torch.nn.Linear(8, 8), mesh=ranks_that_are_not_there)
+        optimizer = VARIANTS[variant](model.parameters())
+        for _ in range(2):
+            model(torch.randn(2, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(optimizer.state) == 2
+
+
 @pytest.mark.slow
 def test_memory_estimates_run_twice(variant: str) -> None:
     """torch.distributed._tools measures a training step under fake tensors before a run."""
@@ -378,3 +401,14 @@ def test_a_step_that_fails_half_way_is_as_if_it_had_not_been(variant: str, fused
     with pytest.raises(ValueError, match="param group 0, parameter 2"):
         optimizer.step()
     assert snapshot(optimizer) == before
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_params_of_a_group_are_any_sequence(kind: Any, variant: str, fused: bool) -> None:
+    outcomes = []
+    for each in (list, kind):
+        optimizer = VARIANTS[variant](parameters(), fused=fused, **LIVELY[variant])
+        optimizer.param_groups[0]["params"] = each(optimizer.param_groups[0]["params"])
+        train(optimizer, 2)
+        outcomes.append(results(optimizer))
+    assert outcomes[0] == outcomes[1]
