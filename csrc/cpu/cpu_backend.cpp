@@ -7,8 +7,7 @@
 #include "kernels.h"
 #include "team.h"
 
-namespace clara {
-namespace cpu {
+namespace clara::cpu {
 namespace {
 
 // Elements that are worth handing to a thread at once.
@@ -357,5 +356,4 @@ void step(const TensorList& list, const Placement& where) {
   });
 }
 
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu

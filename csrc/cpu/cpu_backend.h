@@ -5,8 +5,7 @@
 
 #include "../tensor_list.h"
 
-namespace clara {
-namespace cpu {
+namespace clara::cpu {
 
 // See Note [Chunks]. Of update: 64 KiB of float32, many pages per stream, and still fine-grained enough to share a
 // tensor of a million elements between threads. Of measure: a quarter, because a sample is small.
@@ -46,5 +45,4 @@ void update(const TensorList& list, const Placement& where);
 // All of it, where every tensor of the optimizer (`one_scale`) is in this list and none is sharded.
 void step(const TensorList& list, const Placement& where);
 
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu

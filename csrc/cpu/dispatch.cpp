@@ -7,8 +7,7 @@
 
 #include "kernels.h"
 
-namespace clara {
-namespace cpu {
+namespace clara::cpu {
 namespace {
 
 #if defined(CLARA_CPU_X86_KERNELS)
@@ -45,5 +44,4 @@ const Kernels& best_kernels() {
   return best;
 }
 
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu

@@ -9,9 +9,7 @@
 
 #include "storage.h"
 
-namespace clara {
-namespace cpu {
-namespace CLARA_CPU_ISA {
+namespace clara::cpu::CLARA_CPU_ISA {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
@@ -305,6 +303,4 @@ Loops find_loops(DType param, DType grad) {
 
 const Kernels kKernels = {CLARA_STRING(CLARA_CPU_ISA), find_loops};
 
-}  // namespace CLARA_CPU_ISA
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu::CLARA_CPU_ISA

@@ -5,8 +5,7 @@
 
 #include "../tensor_list.h"
 
-namespace clara {
-namespace cpu {
+namespace clara::cpu {
 
 struct Chunk {
   void* param;
@@ -55,5 +54,4 @@ extern const Kernels kKernels;
 // if the environment variable CLARA_CPU_ISA names one.
 const Kernels& best_kernels();
 
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu

@@ -6,8 +6,7 @@
 #include <dlfcn.h>
 #endif
 
-namespace clara {
-namespace cpu {
+namespace clara::cpu {
 namespace {
 
 // The entry points of GNU OpenMP, which LLVM's and Intel's runtimes export as well.
@@ -88,5 +87,4 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
 
 const char* thread_source() { return openmp().found() ? "openmp" : "std::thread"; }
 
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu

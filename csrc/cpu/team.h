@@ -6,8 +6,7 @@
 #include <memory>
 #include <thread>
 
-namespace clara {
-namespace cpu {
+namespace clara::cpu {
 
 // Lets `size` members through once the last one has arrived; that one first calls `completion`.
 class Barrier {
@@ -93,5 +92,4 @@ void run_team(int threads, void (*body)(void* context, int member, int size), vo
 // Where the threads come from: "openmp" or "std::thread".
 const char* thread_source();
 
-}  // namespace cpu
-}  // namespace clara
+}  // namespace clara::cpu

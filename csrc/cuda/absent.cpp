@@ -3,8 +3,7 @@
 
 #include "cuda_backend.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 namespace {
 
 constexpr const char* kProblem =
@@ -29,5 +28,4 @@ void rescale(const TensorList&, const Evidence*, const Placement&) { throw std::
 void update(const TensorList&, const Placement&) { throw std::runtime_error(kProblem); }
 void step(const TensorList&, const Placement&) { throw std::runtime_error(kProblem); }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -1,9 +1,7 @@
 #include "element_launch.cuh"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 CLARA_INSTANTIATE_ELEMENT_KERNELS(BFloat16);
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -7,8 +7,7 @@
 
 #include "tuning.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -50,5 +49,4 @@ __device__ __forceinline__ void block_reduce(T (&values)[kColumns], Combine comb
   __syncthreads();  // of_warp may be written again
 }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -22,8 +22,7 @@
 #define CLARA_CUDA_ARCHITECTURES ""
 #endif
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 namespace {
 
 constexpr int64_t aligned_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -307,5 +306,4 @@ void step(const TensorList& list, const Placement& where) {
   enqueue_update(list, where);
 }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -10,8 +10,7 @@
 
 #include "../tensor_list.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 // What the kernels were built with, such as "13.0" and "80;90"; empty in a build without CUDA.
 const char* toolkit();
@@ -85,5 +84,4 @@ void update(const TensorList& list, const Placement& where);
 // All of it, where every tensor of the optimizer (`one_scale`) is in this list and none is sharded. 3 launches.
 void step(const TensorList& list, const Placement& where);
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

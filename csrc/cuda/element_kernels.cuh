@@ -10,8 +10,7 @@
 #include "launch_arguments.h"
 #include "storage.cuh"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 static_assert(kChunk % (kThreads * kVector) == 0 && kPathChunk % (kThreads * kVector) == 0,
               "a full chunk keeps all threads busy to its end");
@@ -278,5 +277,4 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const A
       [&](auto turn, int i) { update_vectors<decltype(turn)>(streams, with, i); });
 }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

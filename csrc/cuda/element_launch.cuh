@@ -4,8 +4,7 @@
 #include "element_kernels.cuh"
 #include "element_launch.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 template <typename P, typename Arguments>
 void launch_measure(DType grad, const LaunchTarget& target, const Arguments& arguments) {
@@ -25,5 +24,4 @@ void launch_update(DType grad, const LaunchTarget& target, const Arguments& argu
   template void launch_update<P>(DType, const LaunchTarget&, const SmallArguments&);           \
   template void launch_update<P>(DType, const LaunchTarget&, const LargeArguments&)
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

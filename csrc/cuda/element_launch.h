@@ -6,8 +6,7 @@
 #include "launch.h"
 #include "launch_arguments.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 // Enqueue a kernel for the chunks of `arguments`. P: storage of the parameters.
 template <typename P, typename Arguments>
@@ -16,5 +15,4 @@ void launch_measure(DType grad, const LaunchTarget& target, const Arguments& arg
 template <typename P, typename Arguments>
 void launch_update(DType grad, const LaunchTarget& target, const Arguments& arguments);
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -7,8 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 inline void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
@@ -53,5 +52,4 @@ void launch(const char* name, Kernel* kernel, int64_t blocks, int threads, const
         kernel_name.c_str(), target.device);
 }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

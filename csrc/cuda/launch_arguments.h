@@ -13,8 +13,7 @@
 
 #include "../tensor_list.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 // What becomes of the sums once they are reduced.
 enum class After : int32_t {
@@ -64,5 +63,4 @@ using LargeArguments = LaunchArguments<32760>;
 static_assert(sizeof(SmallArguments) == 4096 && sizeof(LargeArguments) == 32760,
               "the payload takes what the limit on kernel parameters leaves");
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

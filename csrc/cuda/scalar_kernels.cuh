@@ -6,8 +6,7 @@
 #include "block.cuh"
 #include "launch_arguments.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 // Counts a tensor's step and moves its walk on.
 __device__ __forceinline__ Evidence advanced(const TensorRecord& record, const PathSums& sums,
@@ -143,5 +142,4 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(const Arguments __gri
   rescale_tensor(record, arguments.evidence[one_scale ? 0 : tensor], arguments.group(record));
 }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -8,8 +8,7 @@
 
 #include "../adam_clara.h"
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 struct BFloat16 {
   uint16_t bits;
@@ -121,5 +120,4 @@ __device__ __forceinline__ Stream<S> stream_at(const void* tensor, int64_t first
   return {tensor == nullptr ? nullptr : static_cast<S*>(const_cast<void*>(tensor)) + first_element};
 }
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -26,8 +26,7 @@
 #define CLARA_CUDA_MEASURE_THREADS_PER_SM 1024
 #endif
 
-namespace clara {
-namespace cuda {
+namespace clara::cuda {
 
 constexpr int kThreads = CLARA_CUDA_THREADS;  // of a block, in every kernel
 
@@ -53,5 +52,4 @@ constexpr int blocks_per_sm(int threads) {
 constexpr int kUpdateBlocks = blocks_per_sm(CLARA_CUDA_UPDATE_THREADS_PER_SM);
 constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM);
 
-}  // namespace cuda
-}  // namespace clara
+}  // namespace clara::cuda

@@ -20,8 +20,7 @@
 
 namespace py = pybind11;
 
-namespace clara {
-namespace python {
+namespace clara::python {
 namespace {
 
 using Address = uintptr_t;
@@ -216,8 +215,7 @@ py::dict build_info() {
 }
 
 }  // namespace
-}  // namespace python
-}  // namespace clara
+}  // namespace clara::python
 
 PYBIND11_MODULE(_core, m) {
   using namespace clara;

@@ -4,9 +4,7 @@
 
 #include <cstdint>
 
-namespace clara {
-namespace python {
-namespace dlpack {
+namespace clara::python::dlpack {
 
 struct Device {
   int32_t type;
@@ -48,6 +46,4 @@ constexpr uint32_t kMajorVersion = 1;
 constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
-}  // namespace dlpack
-}  // namespace python
-}  // namespace clara
+}  // namespace clara::python::dlpack

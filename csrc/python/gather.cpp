@@ -11,8 +11,7 @@
 
 namespace py = pybind11;
 
-namespace clara {
-namespace python {
+namespace clara::python {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -509,5 +508,4 @@ Gathering gather(const py::list& param_groups, const py::dict& state, bool one_s
   return gatherer.result();
 }
 
-}  // namespace python
-}  // namespace clara
+}  // namespace clara::python

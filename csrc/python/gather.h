@@ -11,8 +11,7 @@
 
 #include "../tensor_list.h"
 
-namespace clara {
-namespace python {
+namespace clara::python {
 
 struct Device {
   bool is_cuda;
@@ -54,5 +53,4 @@ struct Gathering {
 // `param_groups` and `state` are the optimizer's own.
 Gathering gather(const pybind11::list& param_groups, const pybind11::dict& state, bool one_scale);
 
-}  // namespace python
-}  // namespace clara
+}  // namespace clara::python
