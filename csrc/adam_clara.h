@@ -181,6 +181,15 @@ struct ElementSums {
   V path_sq, step_sq, grad_sq, path_before_sq, weight;
 };
 
+template <typename V, typename W>
+CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
+  sums.path_sq += more.path_sq;
+  sums.step_sq += more.step_sq;
+  sums.grad_sq += more.grad_sq;
+  sums.path_before_sq += more.path_before_sq;
+  sums.weight += more.weight;
+}
+
 template <typename V, typename T>
 CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d, const MeasureCoefficients<T>& c) {
   // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.

@@ -49,9 +49,11 @@ CLARA_HD void set_walk(const TensorRecord& tensor, const WalkState& walk) {
   *tensor.walk[3] = walk.grad_peak;
 }
 
-// numel / (number of elements with a path).
-CLARA_HD double sample_weight(const TensorRecord& tensor) {
-  return static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
+// What the sums over the elements that have a path say of all elements.
+CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<double>& sampled) {
+  const double weight = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
+  return {weight * sampled.path_sq,        weight * sampled.step_sq, weight * sampled.grad_sq,
+          weight * sampled.path_before_sq, weight * sampled.weight,  static_cast<double>(tensor.numel)};
 }
 
 struct TensorList {
@@ -66,5 +68,18 @@ struct TensorList {
   DType param_dtype, grad_dtype;
   bool one_scale;  // Global: all tensors share one lr_scale, which follows the sum of their evidence
 };
+
+CLARA_HD int64_t chunks_of(int64_t elements, int64_t chunk) { return (elements + chunk - 1) / chunk; }
+
+// Sets what follows from a back end's sizes of chunks, in a list and in its records.
+CLARA_HD void number_chunks(TensorList& list, TensorRecord* records, int64_t chunk, int64_t path_chunk) {
+  list.chunk_count = list.path_chunk_count = 0;
+  for (TensorRecord* tensor = records; tensor != records + list.count; ++tensor) {
+    tensor->first_chunk = list.chunk_count;
+    tensor->first_path_chunk = list.path_chunk_count;
+    list.chunk_count += chunks_of(tensor->numel, chunk);
+    list.path_chunk_count += chunks_of(path_numel(*tensor), path_chunk);
+  }
+}
 
 }  // namespace clara

@@ -15,8 +15,8 @@ constexpr int64_t kTaskElements = 16384;
 // Elements that one thread steps on its own even where other threads are idle.
 constexpr int64_t kOwnElements = 65536;
 
-constexpr int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-constexpr int64_t path_chunks_of(int64_t path_numel) { return (path_numel + kPathChunk - 1) / kPathChunk; }
+int64_t chunk_count(const TensorRecord& tensor) { return chunks_of(tensor.numel, kChunk); }
+int64_t path_chunk_count(const TensorRecord& tensor) { return chunks_of(path_numel(tensor), kPathChunk); }
 
 bool skipped(const TensorList& list) { return list.found_inf != nullptr && *list.found_inf != 0.0f; }
 
@@ -37,14 +37,14 @@ struct Span {
   int64_t chunk;  // -1: all of them
 };
 
-// elements_of(tensor): how many of them there is work for; chunks_of(elements).
-template <typename ElementsOf, typename ChunksOf>
-std::vector<Span> spans_of(const TensorList& list, ElementsOf elements_of, ChunksOf chunks_of) {
+// elements_of(tensor): how many of them there is work for; chunk_count(tensor).
+template <typename ElementsOf, typename ChunkCount>
+std::vector<Span> spans_of(const TensorList& list, ElementsOf elements_of, ChunkCount chunk_count) {
   std::vector<Span> spans;
   for (int64_t i = 0; i < list.count;) {
     int64_t elements = elements_of(list.tensors[i]), last = i + 1;
     if (elements >= kTaskElements) {
-      for (int64_t chunk = 0; chunk < chunks_of(elements); ++chunk) spans.push_back({i, last, chunk});
+      for (int64_t chunk = 0; chunk < chunk_count(list.tensors[i]); ++chunk) spans.push_back({i, last, chunk});
     } else {
       while (last < list.count && elements + elements_of(list.tensors[last]) <= kTaskElements) {
         elements += elements_of(list.tensors[last++]);
@@ -56,10 +56,10 @@ std::vector<Span> spans_of(const TensorList& list, ElementsOf elements_of, Chunk
   return spans;
 }
 
-std::vector<Span> measure_spans(const TensorList& list) { return spans_of(list, path_numel, path_chunks_of); }
+std::vector<Span> measure_spans(const TensorList& list) { return spans_of(list, path_numel, path_chunk_count); }
 
 std::vector<Span> update_spans(const TensorList& list) {
-  return spans_of(list, [](const TensorRecord& tensor) { return tensor.numel; }, chunks_of);
+  return spans_of(list, [](const TensorRecord& tensor) { return tensor.numel; }, chunk_count);
 }
 
 // Few elements are one thread's work: a second one would cost more than it saves.
@@ -108,23 +108,15 @@ class Worker {
     if (span.chunk >= 0) return measure(span.first_tensor, span.chunk, span.chunk + 1);
     for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) measure_all(i);
   }
-  void measure_all(int64_t tensor) { measure(tensor, 0, path_chunks_of(path_numel(list_.tensors[tensor]))); }
+  void measure_all(int64_t tensor) { measure(tensor, 0, path_chunk_count(list_.tensors[tensor])); }
 
   // Of a tensor whose chunks have all been measured.
   PathSums sums(int64_t tensor) const {
     const TensorRecord& record = list_.tensors[tensor];
-    const ChunkSums* chunks = chunk_sums_.data() + record.first_path_chunk;
-    ChunkSums total{};
-    for (int64_t i = 0; i < path_chunks_of(path_numel(record)); ++i) {
-      total.path_sq += chunks[i].path_sq;
-      total.step_sq += chunks[i].step_sq;
-      total.grad_sq += chunks[i].grad_sq;
-      total.path_before_sq += chunks[i].path_before_sq;
-      total.weight += chunks[i].weight;
-    }
-    const double all = sample_weight(record);
-    return {all * total.path_sq,        all * total.step_sq, all * total.grad_sq,
-            all * total.path_before_sq, all * total.weight,  static_cast<double>(record.numel)};
+    const ElementSums<double>* chunks = chunk_sums_.data() + record.first_path_chunk;
+    ElementSums<double> total{};
+    for (int64_t i = 0; i < path_chunk_count(record); ++i) add(total, chunks[i]);
+    return sums_of_all(record, total);
   }
 
   // After the step has been counted.
@@ -142,7 +134,7 @@ class Worker {
     if (span.chunk >= 0) return update(span.first_tensor, span.chunk, span.chunk + 1);
     for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) update_all(i);
   }
-  void update_all(int64_t tensor) const { update(tensor, 0, chunks_of(list_.tensors[tensor].numel)); }
+  void update_all(int64_t tensor) const { update(tensor, 0, chunk_count(list_.tensors[tensor])); }
 
  private:
   Chunk chunk(int64_t tensor, int64_t first, int64_t path_first, int64_t count) const {
@@ -164,7 +156,7 @@ class Worker {
 
   const TensorList& list_;
   const Loops loops_;
-  std::vector<ChunkSums> chunk_sums_;
+  std::vector<ElementSums<double>> chunk_sums_;
 };
 
 // Calls work(worker) with the worker of the list's arithmetic type.
@@ -267,7 +259,7 @@ void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int thread
 
   const auto adapt = [&](int64_t tensor) { rescale_one(list, tensor, advance_one(list, tensor, worker.sums(tensor))); };
   const auto path_chunks = [&](size_t i) {
-    return i < shared.size() ? path_chunks_of(path_numel(list.tensors[shared[i]])) : 0;
+    return i < shared.size() ? path_chunk_count(list.tensors[shared[i]]) : 0;
   };
   Shares measuring(threads, path_chunks(0)), updating(threads, 0);
   Shares stepping(1, static_cast<int64_t>(tasks.size()) - 1);  // one queue for all
@@ -278,7 +270,7 @@ void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int thread
       measuring.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1); });
       barrier.arrive_and_wait(size, [&] {  // all have measured this tensor and updated the one before
         adapt(tensor);
-        updating.deal(chunks_of(list.tensors[tensor].numel));
+        updating.deal(chunk_count(list.tensors[tensor]));
         measuring.deal(path_chunks(i + 1));
       });
       updating.work_backwards(member, [&](int64_t chunk) { worker.update(tensor, chunk, chunk + 1); });
@@ -297,15 +289,8 @@ void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int thread
 
 bool supports(DType param, DType grad) { return best_kernels().loops(param, grad).measure != nullptr; }
 
-ChunkCounts number_chunks(TensorRecord* tensors, int64_t count) {
-  ChunkCounts counts{};
-  for (int64_t i = 0; i < count; ++i) {
-    tensors[i].first_chunk = counts.chunks;
-    tensors[i].first_path_chunk = counts.path_chunks;
-    counts.chunks += chunks_of(tensors[i].numel);
-    counts.path_chunks += path_chunks_of(path_numel(tensors[i]));
-  }
-  return counts;
+void number_chunks(TensorList& list, TensorRecord* records) {
+  clara::number_chunks(list, records, kChunk, kPathChunk);
 }
 
 void measure(const TensorList& list, PathSums* sums, const Placement& where) {

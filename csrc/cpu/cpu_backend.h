@@ -15,14 +15,8 @@ constexpr int64_t kPathChunk = 4096;
 // Whether the loops serve this combination of storage types.
 bool supports(DType param, DType grad);
 
-struct ChunkCounts {
-  int64_t chunks;       // of update
-  int64_t path_chunks;  // of measure
-};
-
-// Sets `first_chunk` and `first_path_chunk` of the records, in chunks of this back end; returns how many there are:
-// TensorList::chunk_count and path_chunk_count.
-ChunkCounts number_chunks(TensorRecord* tensors, int64_t count);
+// Numbers the chunks of this back end; `records` are the list's.
+void number_chunks(TensorList& list, TensorRecord* records);
 
 struct Placement {
   int threads;  // at most

@@ -113,43 +113,26 @@ struct Copies {
 // A sum over a chunk in two levels: lanes that took in the whole chunk one by one would be off by 1e-5 where the terms
 // are alike, as they are at a first step.
 template <typename T>
-struct LaneSums {
-  Vector<T> block{}, blocks{};
-
-  inline void end_block() {
-    blocks += block;
-    block = Vector<T>{};
-  }
-  inline double total() {
-    end_block();
-    double sum = 0.0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(blocks[lane]);
-    return sum;
-  }
-};
-
-template <typename T>
 struct Sums {
   static constexpr int64_t kBlock = 16 * kElementsPerLine<T>;
 
-  LaneSums<T> path_sq, step_sq, grad_sq, path_before_sq, weight;
+  ElementSums<Vector<T>> block{}, blocks{};
 
-  inline void add(const ElementSums<Vector<T>>& elements) {
-    path_sq.block += elements.path_sq;
-    step_sq.block += elements.step_sq;
-    grad_sq.block += elements.grad_sq;
-    path_before_sq.block += elements.path_before_sq;
-    weight.block += elements.weight;
-  }
   inline void end_block() {
-    path_sq.end_block();
-    step_sq.end_block();
-    grad_sq.end_block();
-    path_before_sq.end_block();
-    weight.end_block();
+    add(blocks, block);
+    block = ElementSums<Vector<T>>{};
   }
-  inline ChunkSums totals() {
-    return {path_sq.total(), step_sq.total(), grad_sq.total(), path_before_sq.total(), weight.total()};
+  inline ElementSums<double> totals() {
+    end_block();
+    return {over_lanes(blocks.path_sq), over_lanes(blocks.step_sq), over_lanes(blocks.grad_sq),
+            over_lanes(blocks.path_before_sq), over_lanes(blocks.weight)};
+  }
+
+ private:
+  static inline double over_lanes(Vector<T> values) {
+    double sum = 0.0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(values[lane]);
+    return sum;
   }
 };
 
@@ -197,7 +180,7 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
 }
 
 template <typename T, typename Param, typename Grad>
-ChunkSums measure_chunk(const Chunk& chunk, const void* coefficients) {
+ElementSums<double> measure_chunk(const Chunk& chunk, const void* coefficients) {
   // A copy: the compiler must not fear that a store into a tensor changes it.
   const auto c = *static_cast<const MeasureCoefficients<T>*>(coefficients);
   const Streams<T, Param, Grad> s(chunk);
@@ -211,7 +194,7 @@ ChunkSums measure_chunk(const Chunk& chunk, const void* coefficients) {
       for (int64_t i = piece; i + kLanes<T> <= piece + kept; i += kLanes<T>, p += kLanes<T>) {
         if (p % Sums<T>::kBlock == 0) sums.end_block();
         if ((i - piece) % kElementsPerLine<T> == 0) s.prefetch(i + ahead, c.adam.coupled_decay != T(0));
-        sums.add(measure_vector(s, i, p, c));
+        add(sums.block, measure_vector(s, i, p, c));
       }
     }
   }
@@ -219,7 +202,7 @@ ChunkSums measure_chunk(const Chunk& chunk, const void* coefficients) {
     if (p % Sums<T>::kBlock == 0) sums.end_block();
     const int64_t i = p / kept * run + p % kept;
     if (!whole) s.prefetch(i + ahead, c.adam.coupled_decay != T(0));
-    sums.add(measure_copies(s, i, p, std::min<int64_t>(kLanes<T>, count - p), kept, run, c));
+    add(sums.block, measure_copies(s, i, p, std::min<int64_t>(kLanes<T>, count - p), kept, run, c));
   }
   return sums.totals();
 }

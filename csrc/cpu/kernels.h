@@ -18,13 +18,8 @@ struct Chunk {
   int64_t run, kept;  // see Note [Sampled path]
 };
 
-// See PathSums; of the elements that the chunk has looked at, not scaled to others.
-struct ChunkSums {
-  double path_sq, step_sq, grad_sq, path_before_sq, weight;
-};
-
 // Coefficients have the arithmetic type of the parameter: double for float64, float otherwise.
-using MeasureChunk = ChunkSums (*)(const Chunk&, const void* measure_coefficients);
+using MeasureChunk = ElementSums<double> (*)(const Chunk&, const void* measure_coefficients);
 using UpdateChunk = void (*)(const Chunk&, const void* update_coefficients);
 
 struct Loops {

@@ -18,10 +18,10 @@ bool supports(DType, DType) { return false; }
 std::string device_problem(int) { return kProblem; }
 
 // As no tensor of a CUDA device is served, no list of such tensors comes into being.
-ChunkCounts number_chunks(TensorRecord*, int64_t) { throw std::runtime_error(kProblem); }
-Layout layout(int64_t, const ChunkCounts&) { throw std::runtime_error(kProblem); }
-void write_table(const TensorRecord*, int64_t, void*) { throw std::runtime_error(kProblem); }
-bool is_table_of(const TensorRecord*, int64_t, const void*) { throw std::runtime_error(kProblem); }
+void number_chunks(TensorList&, TensorRecord*) { throw std::runtime_error(kProblem); }
+Layout layout(const TensorList&) { throw std::runtime_error(kProblem); }
+void write_table(const TensorList&, void*) { throw std::runtime_error(kProblem); }
+bool is_table_of(const TensorList&, const void*) { throw std::runtime_error(kProblem); }
 void measure(const TensorList&, PathSums*, const Placement&) { throw std::runtime_error(kProblem); }
 void advance(const TensorList&, const PathSums*, Evidence*, const Placement&) { throw std::runtime_error(kProblem); }
 void rescale(const TensorList&, const Evidence*, const Placement&) { throw std::runtime_error(kProblem); }

@@ -27,8 +27,6 @@ namespace {
 
 constexpr int64_t aligned_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-constexpr int64_t chunks_of(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
-
 // ---------------------------------------------------------------------------------------------------------------
 // Cutting a list into launches; see Note [Launch arguments]
 // ---------------------------------------------------------------------------------------------------------------
@@ -65,7 +63,7 @@ Run longest_run(const TensorList& list, int64_t first, Work work) {
 
 template <typename Arguments>
 void fill(Arguments& arguments, const TensorList& list, const Placement& where, const Run& run, Work work) {
-  const Layout offsets = layout(list.count, {list.chunk_count, list.path_chunk_count});
+  const Layout offsets = layout(list);
   char* memory = static_cast<char*>(where.memory);
   const bool of_path = work == Work::kPathChunks;
   arguments.tensors = reinterpret_cast<const TensorRecord*>(memory + offsets.tensors);
@@ -208,18 +206,11 @@ std::string device_problem(int device) {
   return {};
 }
 
-ChunkCounts number_chunks(TensorRecord* tensors, int64_t count) {
-  ChunkCounts counts{};
-  for (TensorRecord* tensor = tensors; tensor != tensors + count; ++tensor) {
-    tensor->first_chunk = counts.chunks;
-    tensor->first_path_chunk = counts.path_chunks;
-    counts.chunks += chunks_of(tensor->numel, kChunk);
-    counts.path_chunks += chunks_of(path_numel(*tensor), kPathChunk);
-  }
-  return counts;
+void number_chunks(TensorList& list, TensorRecord* records) {
+  clara::number_chunks(list, records, kChunk, kPathChunk);
 }
 
-Layout layout(int64_t count, const ChunkCounts& chunks) {
+Layout layout(const TensorList& list) {
   Layout offsets{};
   int64_t end = 0;
   const auto place = [&end](int64_t rows, size_t row_bytes) {
@@ -227,41 +218,35 @@ Layout layout(int64_t count, const ChunkCounts& chunks) {
     end = aligned_up(end + rows * static_cast<int64_t>(row_bytes));
     return start;
   };
-  offsets.tensors = place(count, sizeof(TensorRecord));
-  offsets.tensor_of_chunk = place(chunks.chunks, sizeof(int32_t));
-  offsets.tensor_of_path_chunk = place(chunks.path_chunks, sizeof(int32_t));
+  offsets.tensors = place(list.count, sizeof(TensorRecord));
+  offsets.tensor_of_chunk = place(list.chunk_count, sizeof(int32_t));
+  offsets.tensor_of_path_chunk = place(list.path_chunk_count, sizeof(int32_t));
   offsets.arrivals = place(1, sizeof(uint32_t));
   offsets.table_bytes = offsets.arrivals + static_cast<int64_t>(sizeof(uint32_t));
-  offsets.partial_sums = place(chunks.path_chunks, sizeof(ElementSums<float>));
-  offsets.evidence = place(count, sizeof(Evidence));
+  offsets.partial_sums = place(list.path_chunk_count, sizeof(ElementSums<float>));
+  offsets.evidence = place(list.count, sizeof(Evidence));
   offsets.bytes = end;
   return offsets;
 }
 
-void write_table(const TensorRecord* tensors, int64_t count, void* host_memory) {
-  ChunkCounts chunks{};
-  if (count > 0) {
-    const TensorRecord& last = tensors[count - 1];
-    chunks = {last.first_chunk + chunks_of(last.numel, kChunk),
-              last.first_path_chunk + chunks_of(path_numel(last), kPathChunk)};
-  }
-  const Layout offsets = layout(count, chunks);
+void write_table(const TensorList& list, void* host_memory) {
+  const Layout offsets = layout(list);
   char* memory = static_cast<char*>(host_memory);
   std::memset(memory, 0, static_cast<size_t>(offsets.table_bytes));
-  std::copy_n(tensors, count, reinterpret_cast<TensorRecord*>(memory + offsets.tensors));
+  std::copy_n(list.tensors, list.count, reinterpret_cast<TensorRecord*>(memory + offsets.tensors));
   int32_t* of_chunk = reinterpret_cast<int32_t*>(memory + offsets.tensor_of_chunk);
   int32_t* of_path_chunk = reinterpret_cast<int32_t*>(memory + offsets.tensor_of_path_chunk);
-  for (int64_t i = 0; i < count; ++i) {
-    of_chunk = std::fill_n(of_chunk, chunks_of(tensors[i].numel, kChunk), static_cast<int32_t>(i));
-    of_path_chunk = std::fill_n(of_path_chunk, chunks_of(path_numel(tensors[i]), kPathChunk), static_cast<int32_t>(i));
+  for (int32_t i = 0; i < list.count; ++i) {
+    of_chunk = std::fill_n(of_chunk, chunks_of(list.tensors[i].numel, kChunk), i);
+    of_path_chunk = std::fill_n(of_path_chunk, chunks_of(path_numel(list.tensors[i]), kPathChunk), i);
   }
 }
 
-bool is_table_of(const TensorRecord* tensors, int64_t count, const void* host_memory) {
+bool is_table_of(const TensorList& list, const void* host_memory) {
   // The rest of a table follows from its records. What lies behind their last member is padding.
   constexpr size_t kBytes = offsetof(TensorRecord, kept) + sizeof(TensorRecord::kept);
   const char* row = static_cast<const char*>(host_memory);
-  return std::all_of(tensors, tensors + count, [&row](const TensorRecord& tensor) {
+  return std::all_of(list.tensors, list.tensors + list.count, [&row](const TensorRecord& tensor) {
     return std::memcmp(&tensor, std::exchange(row, row + sizeof(TensorRecord)), kBytes) == 0;
   });
 }

@@ -24,14 +24,8 @@ bool supports(DType param, DType grad);
 // for the architecture), or nothing if they can. May create the device's context.
 std::string device_problem(int device);
 
-struct ChunkCounts {
-  int64_t chunks;       // of update
-  int64_t path_chunks;  // of measure
-};
-
-// Sets `first_chunk` and `first_path_chunk` of the records, in chunks of this back end; returns how many there are:
-// TensorList::chunk_count and path_chunk_count.
-ChunkCounts number_chunks(TensorRecord* tensors, int64_t count);
+// Numbers the chunks of this back end; `records` are the list's.
+void number_chunks(TensorList& list, TensorRecord* records);
 
 // Where a list keeps what its kernels need beside the tensors, as offsets into one block of device memory of `bytes`
 // bytes, aligned to 256. The first `table_bytes` are written on the host and copied there by the caller, once for as
@@ -47,14 +41,14 @@ struct Layout {
   int64_t bytes;
 };
 
-Layout layout(int64_t count, const ChunkCounts& chunks);
+// The list's chunks must be numbered, here and below.
+Layout layout(const TensorList& list);
 
 // Writes the table into `table_bytes` bytes of host memory, aligned to 8; every byte, so that tables can be compared.
-// The records' chunks must be numbered.
-void write_table(const TensorRecord* tensors, int64_t count, void* host_memory);
+void write_table(const TensorList& list, void* host_memory);
 
-// Whether a table of `count` records is the one of these records; faster than to write it again and compare.
-bool is_table_of(const TensorRecord* tensors, int64_t count, const void* host_memory);
+// Whether a table of as many records is the list's; faster than to write it again and compare.
+bool is_table_of(const TensorList& list, const void* host_memory);
 
 struct Placement {
   int device;

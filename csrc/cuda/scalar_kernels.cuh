@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   const GroupOptions& options = arguments.group(record);
 
   const ElementSums<float>* partial_sums = arguments.partial_sums + record.first_path_chunk;
-  const int64_t path_chunks = (path_numel(record) + kPathChunk - 1) / kPathChunk;
+  const int64_t path_chunks = chunks_of(path_numel(record), kPathChunk);
   double total[kSums] = {};
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) {
@@ -101,9 +101,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   block_reduce(total, Sum{});
 
   if (threadIdx.x == 0) {
-    const double all = sample_weight(record);
-    const PathSums sums = {all * total[0], all * total[1], all * total[2],
-                           all * total[3], all * total[4], static_cast<double>(record.numel)};
+    const PathSums sums = sums_of_all(record, {total[0], total[1], total[2], total[3], total[4]});
     if (arguments.after == After::kNothing) {
       arguments.sums[tensor] = sums;
     } else {

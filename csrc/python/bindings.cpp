@@ -69,11 +69,8 @@ class Bucket {
     list_.param_dtype = tensors_.param_dtype;
     list_.grad_dtype = tensors_.grad_dtype;
     list_.one_scale = one_scale;
-    if (is_on_cuda()) {
-      number_chunks(cuda::number_chunks(tensors_.records.data(), size()));
-    } else {
-      number_chunks(cpu::number_chunks(tensors_.records.data(), size()));
-    }
+    const auto number_chunks = is_on_cuda() ? cuda::number_chunks : cpu::number_chunks;
+    number_chunks(list_, tensors_.records.data());
     for (const TensorRecord& record : tensors_.records) last_group_ = std::max(last_group_, record.group);
   }
 
@@ -104,17 +101,13 @@ class Bucket {
 
   // CUDA: what Python has to allocate for the bucket on the device, and its first part, to fill from the host.
   std::pair<int64_t, int64_t> memory_sizes() const {
-    const cuda::Layout layout = cuda::layout(size(), {list_.chunk_count, list_.path_chunk_count});
+    const cuda::Layout layout = cuda::layout(list_);
     return {layout.bytes, layout.table_bytes};
   }
 
-  void write_table(Address host_memory) const {
-    cuda::write_table(tensors_.records.data(), size(), pointer<void>(host_memory));
-  }
+  void write_table(Address host_memory) const { cuda::write_table(list_, pointer<void>(host_memory)); }
 
-  bool table_equals(Address host_memory) const {
-    return cuda::is_table_of(tensors_.records.data(), size(), pointer<void>(host_memory));
-  }
+  bool table_equals(Address host_memory) const { return cuda::is_table_of(list_, pointer<void>(host_memory)); }
 
   void set_memory(Address device_memory) { memory_ = device_memory; }
 
@@ -137,12 +130,6 @@ class Bucket {
 
  private:
   bool is_on_cuda() const { return tensors_.device.is_cuda; }
-
-  template <typename ChunkCounts>
-  void number_chunks(const ChunkCounts& counts) {
-    list_.chunk_count = counts.chunks;
-    list_.path_chunk_count = counts.path_chunks;
-  }
 
   GatheredBucket tensors_;
   std::shared_ptr<const GroupTable> groups_;

@@ -202,7 +202,6 @@ struct Model {
       grad_pointers.push_back(grads[i].data());
     }
     const auto count = static_cast<int64_t>(records.size());
-    const cpu::ChunkCounts chunks = cpu::number_chunks(records.data(), count);
     const float grad_scale = static_cast<float>(kGradScale);
     TensorList list{};
     list.tensors = records.data();
@@ -210,7 +209,7 @@ struct Model {
     list.grads = grad_pointers.data();
     list.groups = &options;
     list.group_count = 1;
-    list.chunk_count = chunks.chunks, list.path_chunk_count = chunks.path_chunks;
+    cpu::number_chunks(list, records.data());
     list.grad_scale = &grad_scale;
     list.found_inf = &found_inf;
     list.param_dtype = c.param, list.grad_dtype = c.grad;

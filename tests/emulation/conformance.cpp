@@ -232,8 +232,6 @@ class Optimizer {
     for (size_t g = 0; g < setup_.groups.size(); ++g) groups_[g] = options(g);
     grad_scale_ = static_cast<float>(setup_.grad_scale);
     found_inf_ = setup_.found_inf;
-    list_.tensors = records_.data();
-    list_.count = static_cast<int64_t>(records_.size());
     list_.grads = grads_.data();
     list_.groups = groups_.data();
     list_.group_count = static_cast<int64_t>(groups_.size());
@@ -250,7 +248,7 @@ class Optimizer {
   // What the chunks of a tensor left behind in the last step, added up here.
   PathSums sums_of(size_t i) {
     const size_t row = reversed_ ? tensors_.size() - 1 - i : i;
-    const auto offsets = clara::cuda::layout(list_.count, {list_.chunk_count, list_.path_chunk_count});
+    const auto offsets = clara::cuda::layout(list_);
     const auto* parts = reinterpret_cast<const ElementSums<float>*>(memory_.data() + offsets.partial_sums);
     const Size& size = tensors_[i]->size;
     PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
@@ -317,15 +315,14 @@ class Optimizer {
       record.kept = t.size.kept;
       records_.push_back(record);
     }
-    const int64_t count = static_cast<int64_t>(records_.size());
-    const clara::cuda::ChunkCounts chunks = clara::cuda::number_chunks(records_.data(), count);
-    list_.chunk_count = chunks.chunks;
-    list_.path_chunk_count = chunks.path_chunks;
+    list_.tensors = records_.data();
+    list_.count = static_cast<int64_t>(records_.size());
+    clara::cuda::number_chunks(list_, records_.data());
     grads_.resize(tensors_.size());
     groups_.resize(setup_.groups.size());
-    const auto offsets = clara::cuda::layout(count, chunks);
+    const auto offsets = clara::cuda::layout(list_);
     memory_.assign(static_cast<size_t>(offsets.bytes), '\xff');  // scratch has no initial value
-    clara::cuda::write_table(records_.data(), count, memory_.data());
+    clara::cuda::write_table(list_, memory_.data());
   }
 
   struct LrTensor {
@@ -904,17 +901,18 @@ void tables_are_told_apart() {
   Setup setup;
   setup.sizes = {{5}, {64 * 70, 64, 4}};
   Optimizer optimizer(setup);
-  const auto& list = optimizer.list();
-  const auto offsets = clara::cuda::layout(list.count, {list.chunk_count, list.path_chunk_count});
+  auto list = optimizer.list();
+  const auto offsets = clara::cuda::layout(list);
   std::vector<int64_t> table(static_cast<size_t>(offsets.table_bytes + 7) / 8);
-  clara::cuda::write_table(list.tensors, list.count, table.data());
+  clara::cuda::write_table(list, table.data());
   std::vector<clara::TensorRecord> records(list.tensors, list.tensors + list.count);
-  REQUIRE(clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  list.tensors = records.data();
+  REQUIRE(clara::cuda::is_table_of(list, table.data()));
   records[1].kept = 2;
-  REQUIRE(!clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  REQUIRE(!clara::cuda::is_table_of(list, table.data()));
   records[1].kept = 4;
   records[0].path = records[1].path;
-  REQUIRE(!clara::cuda::is_table_of(records.data(), list.count, table.data()));
+  REQUIRE(!clara::cuda::is_table_of(list, table.data()));
 }
 
 void errors_name_the_kernel() {
