@@ -20,13 +20,6 @@ int64_t path_chunk_count(const TensorRecord& tensor) { return chunks_of(path_num
 
 bool skipped(const TensorList& list) { return list.found_inf != nullptr && *list.found_inf != 0.0f; }
 
-// Runs body(member, size) on each member of a team.
-template <typename Body>
-void run_on_team(int threads, Body body) {
-  run_team(
-      threads, [](void* context, int member, int size) { (*static_cast<Body*>(context))(member, size); }, &body);
-}
-
 // ---------------------------------------------------------------------------------------------------------------
 // Spans: what a thread takes at once
 // ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +214,7 @@ void step_in_two_sweeps(Worker<T>& worker, const TensorList& list, int threads) 
   Shares measuring(threads, static_cast<int64_t>(to_measure.size())), advancing(threads, list.count),
       updating(threads, static_cast<int64_t>(to_update.size()));
   Barrier barrier;
-  run_on_team(threads, [&](int member, int size) {
+  run_team(threads, [&](int member, int size) {
     measuring.work(member, [&](int64_t i) { worker.measure(to_measure[static_cast<size_t>(i)]); });
     barrier.arrive_and_wait(size, [] {});
     advancing.work(member, [&](int64_t i) { evidence[static_cast<size_t>(i)] = advance_one(list, i, worker.sums(i)); });
@@ -264,7 +257,7 @@ void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int thread
   Shares measuring(threads, path_chunks(0)), updating(threads, 0);
   Shares stepping(1, static_cast<int64_t>(tasks.size()) - 1);  // one queue for all
   Barrier barrier;
-  run_on_team(threads, [&](int member, int size) {
+  run_team(threads, [&](int member, int size) {
     for (size_t i = 0; i < shared.size(); ++i) {
       const int64_t tensor = shared[i];
       measuring.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1); });
@@ -299,7 +292,7 @@ void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   with_worker(list, [&](auto& worker) {
     const std::vector<Span> spans = measure_spans(list);
     Shares shares(threads, static_cast<int64_t>(spans.size()));
-    run_on_team(threads, [&](int member, int) {
+    run_team(threads, [&](int member, int) {
       shares.work(member, [&](int64_t i) { worker.measure(spans[static_cast<size_t>(i)]); });
     });
     for (int64_t i = 0; i < list.count; ++i) sums[i] = worker.sums(i);
@@ -323,7 +316,7 @@ void update(const TensorList& list, const Placement& where) {
   with_worker(list, [&](auto& worker) {
     const std::vector<Span> spans = update_spans(list);
     Shares shares(threads, static_cast<int64_t>(spans.size()));
-    run_on_team(threads, [&](int member, int) {
+    run_team(threads, [&](int member, int) {
       shares.work_backwards(member, [&](int64_t i) { worker.update(spans[static_cast<size_t>(i)]); });
     });
   });

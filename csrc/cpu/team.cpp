@@ -54,34 +54,27 @@ const OpenMp& openmp() {
   return found;
 }
 
-struct Call {
-  void (*body)(void*, int, int);
-  void* context;
-};
-
-void run_member(void* call) {
-  const Call& c = *static_cast<const Call*>(call);
-  c.body(c.context, openmp().thread_num(), openmp().num_threads());
+void run_member(void* body) {
+  (*static_cast<const TeamBody*>(body))(openmp().thread_num(), openmp().num_threads());
 }
 
-void run_fresh_threads(int threads, void (*body)(void*, int, int), void* context) {
+void run_fresh_threads(int threads, const TeamBody& body) {
   std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(threads - 1));
-  for (int member = 1; member < threads; ++member) others.emplace_back(body, context, member, threads);
-  body(context, 0, threads);
+  for (int member = 1; member < threads; ++member) others.emplace_back(std::cref(body), member, threads);
+  body(0, threads);
   for (std::thread& other : others) other.join();
 }
 
 }  // namespace
 
-void run_team(int threads, void (*body)(void*, int, int), void* context) {
+void run_team(int threads, const TeamBody& body) {
   if (threads <= 1) {
-    body(context, 0, 1);
+    body(0, 1);
   } else if (openmp().found()) {
-    Call call{body, context};
-    openmp().parallel(run_member, &call, static_cast<unsigned>(threads), 0);
+    openmp().parallel(run_member, const_cast<TeamBody*>(&body), static_cast<unsigned>(threads), 0);
   } else {
-    run_fresh_threads(threads, body, context);
+    run_fresh_threads(threads, body);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
 
@@ -82,12 +83,14 @@ class Shares {
   std::unique_ptr<Share[]> shares_;
 };
 
-// Calls body(context, member, team size) once on each member of a team of at most `threads`, and returns when all are
+using TeamBody = std::function<void(int member, int size)>;
+
+// Calls body(member, team size) once on each member of a team of at most `threads`, and returns when all are
 // done. The body must not throw.
 //
 // Note [Borrowed OpenMP]: the threads are those of the OpenMP runtime that torch has loaded, so that the two do not
 // compete for the cores; nothing is linked against it. Without one the team is made of fresh threads.
-void run_team(int threads, void (*body)(void* context, int member, int size), void* context);
+void run_team(int threads, const TeamBody& body);
 
 // Where the threads come from: "openmp" or "std::thread".
 const char* thread_source();
