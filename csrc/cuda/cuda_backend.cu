@@ -116,14 +116,16 @@ void for_each_launch(const TensorList& list, const Placement& where, Work work, 
 
 // Calls call(a value of the type that parameters are stored in).
 template <typename Call>
-void with_param_type(DType dtype, Call call) {
-  switch (dtype) {
-    case DType::kFloat32: return call(float{});
-    case DType::kBFloat16: return call(BFloat16{});
-    case DType::kFloat16: return call(Float16{});
-    case DType::kFloat64: break;
+void with_param_type(const TensorList& list, Call call) {
+  if (supports(list.param_dtype, list.grad_dtype)) {
+    switch (list.param_dtype) {
+      case DType::kFloat32: return call(float{});
+      case DType::kBFloat16: return call(BFloat16{});
+      case DType::kFloat16: return call(Float16{});
+      case DType::kFloat64: break;
+    }
   }
-  throw std::invalid_argument("clara_fused: the CUDA kernels do not serve float64 parameters");
+  throw std::invalid_argument("clara_fused: the CUDA kernels do not serve these storage types");
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -132,15 +134,9 @@ void with_param_type(DType dtype, Call call) {
 
 LaunchTarget target_of(const Placement& where) { return {where.device, static_cast<cudaStream_t>(where.stream)}; }
 
-void require_served(const TensorList& list) {
-  if (supports(list.param_dtype, list.grad_dtype)) return;
-  throw std::invalid_argument("clara_fused: the CUDA kernels do not serve these storage types");
-}
-
 void enqueue_measure(const TensorList& list, const Placement& where) {
-  require_served(list);
-  for_each_launch(list, where, Work::kPathChunks, [&](const auto& arguments) {
-    with_param_type(list.param_dtype, [&](auto param) {
+  with_param_type(list, [&](auto param) {
+    for_each_launch(list, where, Work::kPathChunks, [&](const auto& arguments) {
       launch_measure<decltype(param)>(list.grad_dtype, target_of(where), arguments);
     });
   });
@@ -157,9 +153,8 @@ void enqueue_reduce(const TensorList& list, const Placement& where, PathSums* su
 }
 
 void enqueue_update(const TensorList& list, const Placement& where) {
-  require_served(list);
-  for_each_launch(list, where, Work::kChunks, [&](const auto& arguments) {
-    with_param_type(list.param_dtype, [&](auto param) {
+  with_param_type(list, [&](auto param) {
+    for_each_launch(list, where, Work::kChunks, [&](const auto& arguments) {
       launch_update<decltype(param)>(list.grad_dtype, target_of(where), arguments);
     });
   });

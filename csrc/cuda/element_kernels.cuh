@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "block.cuh"
-#include "launch_arguments.h"
+#include "element_launch.h"
 #include "storage.cuh"
 
 namespace clara::cuda {
@@ -276,5 +276,27 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const A
       count_in_chunk(record.numel, first, kChunk), streams.all_aligned(),
       [&](auto turn, int i) { update_vectors<decltype(turn)>(streams, with, i); });
 }
+
+// ---------------------------------------------------------------------------------------------------------------
+// From dtype codes to instances of the kernels
+// ---------------------------------------------------------------------------------------------------------------
+
+template <typename P, typename Arguments>
+void launch_measure(DType grad, const LaunchTarget& target, const Arguments& arguments) {
+  const auto kernel = grad == DType::kFloat32 ? measure_kernel<P, float, Arguments> : measure_kernel<P, P, Arguments>;
+  launch("measure", kernel, arguments.chunk_count, kThreads, target, arguments);
+}
+
+template <typename P, typename Arguments>
+void launch_update(DType grad, const LaunchTarget& target, const Arguments& arguments) {
+  const auto kernel = grad == DType::kFloat32 ? update_kernel<P, float, Arguments> : update_kernel<P, P, Arguments>;
+  launch("update", kernel, arguments.chunk_count, kThreads, target, arguments);
+}
+
+#define CLARA_INSTANTIATE_ELEMENT_KERNELS(P)                                                   \
+  template void launch_measure<P>(DType, const LaunchTarget&, const SmallArguments&);          \
+  template void launch_measure<P>(DType, const LaunchTarget&, const LargeArguments&);          \
+  template void launch_update<P>(DType, const LaunchTarget&, const SmallArguments&);           \
+  template void launch_update<P>(DType, const LaunchTarget&, const LargeArguments&)
 
 }  // namespace clara::cuda

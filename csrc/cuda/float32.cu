@@ -1,4 +1,4 @@
-#include "element_launch.cuh"
+#include "element_kernels.cuh"
 
 namespace clara::cuda {
 
