@@ -173,7 +173,7 @@ def compilations(plan: Plan, version: str) -> Iterator[tuple[str, Path, list[str
     cxx, cuda = [*plan.compiler, *CXX_FLAGS], plan.cuda or Cuda("", "", [])
     facts = {"VERSION": version, "CUDA_TOOLKIT": cuda.version, "CUDA_ARCHITECTURES": ";".join(cuda.archs)}
     facts["WHY_NOT_MORE"] = "" if plan.cuda else plan.why_not_more
-    facts["INTERFACE"] = sha256(DECLARATION.read_bytes()).hexdigest()[:16]  # compared in _interface.py
+    facts["INTERFACE"] = sha256(DECLARATION.read_bytes()).hexdigest()[:16]  # compared in core/loading.py
     built = [f"-DCLARA_{name}={json.dumps(fact)}" for name, fact in facts.items()]  # quoted as in C
     python = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("python/*.cpp")]):

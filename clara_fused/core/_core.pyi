@@ -1,6 +1,6 @@
 """The compiled core (csrc/python/bindings.cpp). Addresses are of memory that the caller keeps alive; 0 means none.
 
-A core is built for this text and refused beside any other (_interface.py), so that one left over from older sources is
+A core is built for this text and refused beside any other (loading.py), so that one left over from older sources is
 never called. What changes the meaning of a call and not its declaration has to be said here for that reason as well.
 """
 

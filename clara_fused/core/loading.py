@@ -6,6 +6,8 @@ import importlib
 import sys
 import warnings
 from functools import cache, lru_cache
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 from .. import tensors
 from .._version import __version__
 from ..distributed.dtensors import local
-from ._interface import interface_stamp
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -25,9 +26,13 @@ _REINSTALL = (
     "reinstall clara_fused from its sources on a machine with a C++ compiler "
     "(`pip install --force-reinstall --no-deps .`; an editable install: `pip install --no-deps -e .`)"
 )
-_NO_CUDA_KERNELS = (
-    "the compiled core was built without CUDA; reinstall it where the CUDA toolkit (12.4 or newer) is installed"
-)
+# Next to the package's code wherever that is run from: in the source tree of an editable install as in a wheel.
+_DECLARATION = Path(__file__).with_name("_core.pyi")
+
+
+def interface_stamp() -> str | None:
+    """A hash of the core's declaration, which setup.py compiles into it; None in a package without (a frozen one)."""
+    return sha256(_DECLARATION.read_bytes()).hexdigest()[:16] if _DECLARATION.is_file() else None
 
 
 @lru_cache(maxsize=1)
@@ -71,11 +76,10 @@ def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | N
         return None
     if device.type != "cuda":
         return f"the compiled core has no kernels for {device.type} devices; use fused=None or fused=False there"
-    if core.build_info()["cuda"] is None:
-        return _NO_CUDA_KERNELS
-    if param_dtype == torch.float64:
+    problem = _cuda_problem(device.index or 0)
+    if not problem and param_dtype == torch.float64:
         return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False for them"
-    return _cuda_problem(device.index or 0) or None
+    return problem or None
 
 
 @cache

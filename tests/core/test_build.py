@@ -24,7 +24,6 @@ from helpers import core_available
 
 from clara_fused import AdamClaraLocal, __version__
 from clara_fused.core import loading
-from clara_fused.core._interface import interface_stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_VARIABLES = ("CLARA_BUILD", "CLARA_CUDA_ARCHS", "CUDA_HOME", "CXX")
@@ -504,14 +503,10 @@ class _CudaCore:
     """As much of a compiled core as deciding on a back end asks for."""
 
     version = __version__
-    interface = interface_stamp()
+    interface = loading.interface_stamp()
 
-    def __init__(self, built_with_cuda: bool, problem: str) -> None:
-        self._cuda = {"toolkit": "13.0", "architectures": "90"} if built_with_cuda else None
+    def __init__(self, problem: str) -> None:
         self._problem = problem
-
-    def build_info(self) -> dict[str, object]:
-        return {"cuda": self._cuda}
 
     def cuda_problem(self, index: int) -> str:
         return self._problem and f"device {index}: {self._problem}"
@@ -519,26 +514,24 @@ class _CudaCore:
 
 @pytest.mark.usefixtures("fresh_core_status")
 @pytest.mark.parametrize(
-    ("built_with_cuda", "problem", "device", "dtype", "reason"),
+    ("problem", "device", "dtype", "reason"),
     [
-        (True, "", "cuda", torch.float32, None),
-        (True, "", "cuda:1", torch.bfloat16, None),
-        (True, "no driver", "cuda:1", torch.float32, "device 1: no driver"),
-        (True, "", "cuda", torch.float64, "do not serve float64"),
-        (False, "", "cuda", torch.float32, "built without CUDA"),
-        (True, "", "mps", torch.float32, "no kernels for mps devices"),
-        (False, "no driver", "cpu", torch.float64, None),
+        ("", "cuda", torch.float32, None),
+        ("", "cuda:1", torch.bfloat16, None),
+        ("no driver", "cuda:1", torch.float32, "device 1: no driver"),
+        ("", "cuda", torch.float64, "do not serve float64"),
+        ("", "mps", torch.float32, "no kernels for mps devices"),
+        ("no driver", "cpu", torch.float64, None),
     ],
 )
 def test_the_reason_why_a_device_or_dtype_is_not_served(
-    built_with_cuda: bool,
     problem: str,
     device: str,
     dtype: torch.dtype,
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading.importlib, "import_module", lambda *_: _CudaCore(built_with_cuda, problem))
+    monkeypatch.setattr(loading.importlib, "import_module", lambda *_: _CudaCore(problem))
     status = loading.core_status(device, dtype)
     if reason is None:
         assert status is None

@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 @cache
 def literals() -> str:
-    """All strings of the package and of setup.py, one a line; of f-strings the parts between the values."""
-    found = []
+    """All strings of the package, its core and setup.py, one a line; of f-strings the parts between the values."""
+    found = re.findall(r'"(.+)"', (ROOT / "csrc" / "cuda" / "absent.cpp").read_text(encoding="utf-8"))
     for path in (ROOT / "setup.py", *(ROOT / "clara_fused").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
