@@ -16,7 +16,7 @@ try:
 except ImportError:  # the package of the same content under its older name
     from pytorch_lightning import Callback  # type: ignore[no-redef, import-not-found, unused-ignore]
 
-from .telemetry import ScaleSummary, current_lrs, find_optimizer
+from .telemetry import current_lrs, find_optimizer, scale_figures
 
 
 class AdamClaraCallback(Callback):  # type: ignore[misc, unused-ignore]
@@ -51,6 +51,6 @@ class AdamClaraCallback(Callback):  # type: ignore[misc, unused-ignore]
         for index, lrs in stepped.items():
             optimizer = find_optimizer(trainer.optimizers[index])
             assert optimizer is not None
-            figures = ScaleSummary(optimizer, lrs).read(f"{self.prefix}/optimizer{index}" if several else self.prefix)
+            figures = scale_figures(optimizer, lrs, f"{self.prefix}/optimizer{index}" if several else self.prefix)
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=steps)

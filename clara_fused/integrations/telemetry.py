@@ -1,16 +1,13 @@
-"""Summaries of the scales and learning rates in force, without waiting for a device at every step."""
+"""Summaries of the scales and learning rates in force."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clara_fused.optimizers import AdamClara
-
-_STATISTICS = ("min", "median", "max")
 
 
 def find_optimizer(optimizer: Any) -> AdamClara | None:
@@ -34,35 +31,22 @@ def current_lrs(optimizer: AdamClara) -> list[float | Tensor]:
     return [lr.detach().clone() if isinstance(lr, Tensor) else float(lr) for lr in lrs]
 
 
-class ScaleSummary:
-    """Minimum, median and maximum per param group of mu and of lr * mu, as tensors that can be read later.
-
-    Taking one neither waits for the device nor changes with later steps; `read` waits.
+def scale_figures(optimizer: AdamClara, lrs: Sequence[float | Tensor], prefix: str) -> dict[str, float]:
+    """Minimum, median and maximum per param group of mu and of lr * mu; waits for the device.
 
     Args:
-        lrs: of `current_lrs`, before a scheduler moved them; None: as they are now.
+        lrs: of `current_lrs`, before a scheduler moved them.
+
+    Returns:
+        `{prefix}/group{index}/{effective_lr or lr_scale}/{min, median or max}` -> value; groups with parameters.
     """
-
-    def __init__(self, optimizer: AdamClara, lrs: Sequence[float | Tensor] | None = None) -> None:
-        scales = optimizer.lr_scales()
-        rates = [
-            scale * (lr.to(scale.device, scale.dtype, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else lr)
-            for scale, lr in zip(scales, current_lrs(optimizer) if lrs is None else lrs, strict=True)
-        ]
-        self._quantities = {
-            name: {group: _statistics(values) for group, values in enumerate(groups) if len(values)}
-            for name, groups in (("effective_lr", rates), ("lr_scale", scales))
-        }
-
-    def read(self, prefix: str = "clara") -> dict[str, float]:
-        """`{prefix}/group{index}/{effective_lr or lr_scale}/{min, median or max}` -> value; groups with parameters."""
-        return {
-            f"{prefix}/group{index}/{quantity}/{name}": value
-            for quantity, groups in self._quantities.items()
-            for index, statistics in groups.items()
-            for name, value in zip(_STATISTICS, statistics.tolist(), strict=True)
-        }
-
-
-def _statistics(values: Tensor) -> Tensor:
-    return torch.stack([values.min(), values.median(), values.max()])
+    figures = {}
+    for index, (scales, lr) in enumerate(zip(optimizer.lr_scales(), lrs, strict=True)):
+        if len(scales) == 0:
+            continue
+        if isinstance(lr, Tensor):
+            lr = lr.to(scales.device, scales.dtype).reshape(())
+        for quantity, values in (("effective_lr", scales * lr), ("lr_scale", scales)):
+            for name in ("min", "median", "max"):
+                figures[f"{prefix}/group{index}/{quantity}/{name}"] = getattr(values, name)().item()
+    return figures

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from clara_fused.optimizers import AdamClara
 
-from .telemetry import ScaleSummary, current_lrs, find_optimizer
+from .telemetry import current_lrs, find_optimizer, scale_figures
 
 
 def adam_clara(cls: type[AdamClara], args: Any, **options: Any) -> tuple[type[AdamClara], dict[str, Any]]:
@@ -52,7 +52,7 @@ class AdamClaraCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         # The summary at the end of training has no step of its own, an evaluation before it no step at all.
         if self._optimizer is None or logs is None or "train_runtime" in logs:
             return
-        figures = ScaleSummary(self._optimizer, self._lrs).read(self.prefix)
+        figures = scale_figures(self._optimizer, self._lrs, self.prefix)
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
