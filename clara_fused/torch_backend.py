@@ -84,8 +84,8 @@ class TorchBucket:
             sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
             if self._skipped:
                 return sums
-            corrections = _Corrections(self, self._steps + 1.0, None)
-            per_unit = [self._measure_unit(unit, corrections) for unit in self._blocks(sampled=True)]
+            coefficients = _Coefficients(self, *self._bias_corrections)
+            per_unit = [self._measure_unit(unit, coefficients) for unit in self._blocks(sampled=True)]
             sums[:, :-1] = torch.cat(per_unit, dim=1).T
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
             # that has long been somebody else's.
@@ -100,13 +100,12 @@ class TorchBucket:
             sums = moved(sums, self.device)
             if self._skipped:
                 return sums.new_zeros(len(self._works), len(adaptation.Evidence._fields))
-            steps = self._steps + 1.0
             walks = torch.stack([torch.stack(self._entries(name)) for name in WALK], dim=-1)
-            walks = adaptation.advanced_walks(walks, sums, self.options, steps, self._moves)
+            walks = adaptation.advanced_walks(walks, sums, self.options, self._steps, self._moves)
             for name, values in zip(WALK, walks.unbind(-1), strict=True):
                 self._write(self._entries(name), values)
-            self._write(self._entries("step"), steps)
-            return adaptation.evidence_of(sums, walks, self.options, steps, self._moves)
+            self._write(self._entries("step"), self._steps)
+            return adaptation.evidence_of(sums, walks, self.options, self._steps, self._moves)
 
     def rescale(self, evidence: Tensor) -> None:
         if self._skipped:
@@ -122,10 +121,10 @@ class TorchBucket:
             return
         with profiling.range_of("update", len(self._works)):
             rates = torch.stack(self._entries("lr_scale")).to(adaptation.scalar_dtype(self.device)) * self._lr
-            corrections = _Corrections(self, self._steps + 1.0, rates)
+            coefficients = _Coefficients(self, *self._bias_corrections, rates)
             for unit in self._blocks(sampled=False):
                 for block in unit:
-                    self._update_block(block, corrections)
+                    self._update_block(block, coefficients)
 
     # --- scalars ---
 
@@ -134,8 +133,14 @@ class TorchBucket:
 
     @cached_property
     def _steps(self) -> Tensor:
-        """Steps taken before this one, [n]."""
-        return torch.stack(self._entries("step")).to(adaptation.scalar_dtype(self.device))
+        """The number of this step, from 1, [n]."""
+        return torch.stack(self._entries("step")).to(adaptation.scalar_dtype(self.device)) + 1.0
+
+    @cached_property
+    def _bias_corrections(self) -> tuple[Tensor, Tensor]:
+        """1 / (1 - beta1^t) and sqrt(1 - beta2^t), [n]."""
+        bias1 = adaptation.bias_correction(self.options.log_beta1, self._steps)
+        return 1.0 / bias1, adaptation.bias_correction(self.options.log_beta2, self._steps).sqrt()
 
     def _write(self, targets: list[Tensor], values: Tensor) -> None:
         """Write scalars, [n]."""
@@ -212,20 +217,20 @@ class TorchBucket:
 
     # --- measure ---
 
-    def _measure_unit(self, blocks: list[_Block], corrections: _Corrections) -> Tensor:
+    def _measure_unit(self, blocks: list[_Block], coefficients: _Coefficients) -> Tensor:
         """The columns of `adaptation.PathSums` but the last, [5, tensors of the unit]."""
-        parts = [self._measure_block(block, corrections) for block in blocks]
+        parts = [self._measure_block(block, coefficients) for block in blocks]
         if len(parts) == 1:
             return parts[0]
         if blocks[0].rows != blocks[1].rows:  # stacks
             return torch.cat(parts, dim=1)
         return adaptation.fixed_order_sum(torch.stack(parts))
 
-    def _measure_block(self, block: _Block, corrections: _Corrections) -> Tensor:
+    def _measure_block(self, block: _Block, coefficients: _Coefficients) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
         step, _, second = self._new_moments(block, grad, sample, copy=True)
-        inverse_bias1, root_bias2 = corrections.of(block.rows)
+        inverse_bias1, root_bias2 = coefficients.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         step.div_(denominator).mul_(inverse_bias1)
         before = self._load(block.paths)
@@ -269,12 +274,11 @@ class TorchBucket:
 
     # --- update ---
 
-    def _update_block(self, block: _Block, corrections: _Corrections) -> None:
+    def _update_block(self, block: _Block, coefficients: _Coefficients) -> None:
         options, undo = self.options, self._undo
         grad = self._gradient(block, WHOLE)
         m, v, second = self._new_moments(block, grad, WHOLE, copy=undo is not None)
-        inverse_bias1, root_bias2 = corrections.of(block.rows)
-        rate = corrections.rate(block.rows)
+        inverse_bias1, root_bias2, rate = coefficients.of(block.rows)
         # theta - rate * (m / bias1) / (sqrt(v) / root_bias2 + eps), with root_bias2 moved out of the denominator.
         denominator = second.sqrt().add_(options.eps * root_bias2)
         gain = -rate * inverse_bias1 * root_bias2
@@ -310,32 +314,17 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
     return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
 
 
-class _Corrections:
-    """Per-tensor coefficients, for a block: plain numbers where the host has them and there is one, else columns."""
+class _Coefficients:
+    """Numbers of each tensor, for a block: plain ones where the host has them and there is one tensor, else columns."""
 
-    def __init__(self, bucket: TorchBucket, steps: Tensor, rates: Tensor | None) -> None:
-        options = bucket.options
-        steps = steps.to(adaptation.scalar_dtype(steps.device))
-        columns = [
-            1.0 / adaptation.bias_correction(options.log_beta1, steps),
-            adaptation.bias_correction(options.log_beta2, steps).sqrt(),
-            *([] if rates is None else [rates]),
-        ]
-        self._columns = [column.to(bucket._dtype).unsqueeze(1) for column in columns]
-        self._numbers = [column.tolist() for column in columns] if bucket._on_host else None
+    def __init__(self, bucket: TorchBucket, *numbers: Tensor) -> None:
+        self._columns = [each.to(bucket._dtype).unsqueeze(1) for each in numbers]
+        self._numbers = [each.tolist() for each in numbers] if bucket._on_host else None
 
-    def _of(self, index: int, rows: slice) -> Any:
+    def of(self, rows: slice) -> list[Any]:
         if self._numbers is not None and rows.stop - rows.start == 1:
-            return self._numbers[index][rows.start]
-        return self._columns[index][rows]
-
-    def of(self, rows: slice) -> tuple[Any, Any]:
-        """1 / (1 - beta1^t) and sqrt(1 - beta2^t)."""
-        return self._of(0, rows), self._of(1, rows)
-
-    def rate(self, rows: slice) -> Any:
-        """lr mu."""
-        return self._of(2, rows)
+            return [each[rows.start] for each in self._numbers]
+        return [each[rows] for each in self._columns]
 
 
 def _units_of(works: Sequence[TensorWork]) -> list[list[TensorWork]]:
