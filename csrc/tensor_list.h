@@ -18,6 +18,17 @@ namespace clara {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+CLARA_HD int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // All pointers are on one device. Parameter, gradient, moments have one common dense layout, so each is a flat array of
 // `numel` elements in storage order. Moments and path are float, double for float64 parameters.
 struct TensorRecord {

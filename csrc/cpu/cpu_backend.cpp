@@ -66,16 +66,6 @@ int useful_threads(const TensorList& list, const Placement& where) {
 // Elements
 // ---------------------------------------------------------------------------------------------------------------
 
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kBFloat16: return 2;
-    case DType::kFloat16: return 2;
-    case DType::kFloat64: return 8;
-  }
-  return 0;
-}
-
 // The element loops on a list of arithmetic type T.
 template <typename T>
 class Worker {

@@ -20,9 +20,6 @@ constexpr int64_t kPrefetchLines = 16;
 constexpr int64_t kPrefetchPieces = 2;
 
 template <typename T>
-using Vector = typename VectorOf<T>::type;
-
-template <typename T>
 constexpr int64_t kElementsPerLine = kCacheLine / static_cast<int64_t>(sizeof(T));
 
 // The streams of a chunk.
@@ -141,20 +138,19 @@ template <typename T, typename Param, typename Grad>
 inline ElementSums<Vector<T>> measure_vector(const Streams<T, Param, Grad>& s, int64_t i, int64_t p,
                                              const MeasureCoefficients<T>& c) {
   using V = Vector<T>;
-  using S = Stored<V>;
   V param{};
-  if (c.adam.coupled_decay != T(0)) param = S::load(s.param + i);
-  const V grad = effective_gradient(S::load(s.grad + i), param, c.adam);
-  const V m = first_moment(S::load(s.m + i), grad, c.adam);
-  V v = second_moment(S::load(s.v + i), grad, c.adam);
-  if (s.v_max != nullptr) v = running_maximum(S::load(s.v_max + i), v);
+  if (c.adam.coupled_decay != T(0)) param = load(s.param + i);
+  const V grad = effective_gradient(load(s.grad + i), param, c.adam);
+  const V m = first_moment(load(s.m + i), grad, c.adam);
+  V v = second_moment(load(s.v + i), grad, c.adam);
+  if (s.v_max != nullptr) v = running_maximum(load(s.v_max + i), v);
   const V d = denominator(v, c.adam);
   const V step = adam_step(m, d, c.adam);
-  const V path_before = S::load(s.path + p);
+  const V path_before = load(s.path + p);
   V path = path_before;
   if (c.moves) {
     path = extended_path(path_before, step, c);
-    S::store(path, s.path + p);
+    store(path, s.path + p);
   }
   return element_sums(path_before, path, step, grad, d, c);
 }
@@ -214,19 +210,18 @@ ElementSums<double> measure_chunk(const Chunk& chunk, const void* coefficients) 
 template <typename T, typename Param, typename Grad>
 inline void update_vector(const Streams<T, Param, Grad>& s, int64_t i, const UpdateCoefficients<T>& c) {
   using V = Vector<T>;
-  using S = Stored<V>;
-  const V param = S::load(s.param + i);
-  const V grad = effective_gradient(S::load(s.grad + i), param, c.adam);
-  const V m = first_moment(S::load(s.m + i), grad, c.adam);
-  V v = second_moment(S::load(s.v + i), grad, c.adam);
-  S::store(m, s.m + i);
-  S::store(v, s.v + i);
+  const V param = load(s.param + i);
+  const V grad = effective_gradient(load(s.grad + i), param, c.adam);
+  const V m = first_moment(load(s.m + i), grad, c.adam);
+  V v = second_moment(load(s.v + i), grad, c.adam);
+  store(m, s.m + i);
+  store(v, s.v + i);
   if (s.v_max != nullptr) {
-    v = running_maximum(S::load(s.v_max + i), v);
-    S::store(v, s.v_max + i);
+    v = running_maximum(load(s.v_max + i), v);
+    store(v, s.v_max + i);
   }
   const V step = adam_step(m, denominator(v, c.adam), c.adam);
-  S::store(updated_parameter(param, step, c), s.param + i);
+  store(updated_parameter(param, step, c), s.param + i);
 }
 
 template <typename T, typename Param, typename Grad>

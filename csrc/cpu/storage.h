@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -32,25 +33,10 @@ typedef uint32_t BitsVector __attribute__((vector_size(CLARA_VECTOR_BYTES)));
 typedef uint16_t HalfBitsVector __attribute__((vector_size(CLARA_VECTOR_BYTES / 2)));
 
 template <typename T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef FloatVector type;
-};
-template <>
-struct VectorOf<double> {
-  typedef DoubleVector type;
-};
+using Vector = std::conditional_t<std::is_same_v<T, double>, DoubleVector, FloatVector>;
 
 template <typename T>
 constexpr int kLanes = CLARA_VECTOR_BYTES / static_cast<int>(sizeof(T));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 template <typename To, typename From>
 inline To bits_as(From value) {
@@ -125,27 +111,18 @@ inline HalfBitsVector rounded_to_float16(FloatVector value) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// load<V>(from), store(vector, to): one vector of elements
+// One vector of elements, of the arithmetic type of what is stored
 // ---------------------------------------------------------------------------------------------------------------
 
-template <typename V>
-struct Stored;
+inline FloatVector load(const float* from) { return read_as<FloatVector>(from); }
+inline DoubleVector load(const double* from) { return read_as<DoubleVector>(from); }
+inline FloatVector load(const BFloat16* from) { return widened_bfloat16(read_as<HalfBitsVector>(from)); }
+inline FloatVector load(const Float16* from) { return widened_float16(read_as<HalfBitsVector>(from)); }
 
-template <>
-struct Stored<FloatVector> {
-  static inline FloatVector load(const float* from) { return read_as<FloatVector>(from); }
-  static inline FloatVector load(const BFloat16* from) { return widened_bfloat16(read_as<HalfBitsVector>(from)); }
-  static inline FloatVector load(const Float16* from) { return widened_float16(read_as<HalfBitsVector>(from)); }
-  static inline void store(FloatVector value, float* to) { write_as(value, to); }
-  static inline void store(FloatVector value, BFloat16* to) { write_as(rounded_to_bfloat16(value), to); }
-  static inline void store(FloatVector value, Float16* to) { write_as(rounded_to_float16(value), to); }
-};
-
-template <>
-struct Stored<DoubleVector> {
-  static inline DoubleVector load(const double* from) { return read_as<DoubleVector>(from); }
-  static inline void store(DoubleVector value, double* to) { write_as(value, to); }
-};
+inline void store(FloatVector value, float* to) { write_as(value, to); }
+inline void store(DoubleVector value, double* to) { write_as(value, to); }
+inline void store(FloatVector value, BFloat16* to) { write_as(rounded_to_bfloat16(value), to); }
+inline void store(FloatVector value, Float16* to) { write_as(rounded_to_float16(value), to); }
 
 }  // namespace
 }  // namespace cpu

@@ -87,7 +87,6 @@ void fill(Arguments& arguments, const TensorList& list, const Placement& where, 
   arguments.chunk_count = first_chunk_of(run.last_tensor) - arguments.first_chunk;
   arguments.first_group = run.first_group;
   arguments.after = After::kNothing;
-  arguments.unused = 0;
 
   const size_t grad_bytes = work == Work::kTensors ? 0 : static_cast<size_t>(arguments.count) * sizeof(void*);
   if (grad_bytes != 0) std::memcpy(arguments.payload, list.grads + run.first_tensor, grad_bytes);
@@ -132,12 +131,10 @@ void with_param_type(const TensorList& list, Call call) {
 // The verbs, with the device current
 // ---------------------------------------------------------------------------------------------------------------
 
-LaunchTarget target_of(const Placement& where) { return {where.device, static_cast<cudaStream_t>(where.stream)}; }
-
 void enqueue_measure(const TensorList& list, const Placement& where) {
   with_param_type(list, [&](auto param) {
     for_each_launch(list, where, Work::kPathChunks, [&](const auto& arguments) {
-      launch_measure<decltype(param)>(list.grad_dtype, target_of(where), arguments);
+      launch_measure<decltype(param)>(list.grad_dtype, where, arguments);
     });
   });
 }
@@ -148,14 +145,14 @@ void enqueue_reduce(const TensorList& list, const Placement& where, PathSums* su
     arguments.sums = sums;
     arguments.after = after;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch(name, reduce_kernel<Arguments>, arguments.count, kThreads, target_of(where), arguments);
+    launch(name, reduce_kernel<Arguments>, arguments.count, where, arguments);
   });
 }
 
 void enqueue_update(const TensorList& list, const Placement& where) {
   with_param_type(list, [&](auto param) {
     for_each_launch(list, where, Work::kChunks, [&](const auto& arguments) {
-      launch_update<decltype(param)>(list.grad_dtype, target_of(where), arguments);
+      launch_update<decltype(param)>(list.grad_dtype, where, arguments);
     });
   });
 }
@@ -258,7 +255,7 @@ void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, c
     arguments.sums = const_cast<PathSums*>(sums);  // this kernel only reads them
     arguments.evidence = evidence;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch("advance", advance_kernel<Arguments>, blocks_for(arguments.count), kThreads, target_of(where), arguments);
+    launch("advance", advance_kernel<Arguments>, blocks_for(arguments.count), where, arguments);
   });
 }
 
@@ -269,8 +266,7 @@ void rescale(const TensorList& list, const Evidence* evidence, const Placement& 
     arguments.evidence = const_cast<Evidence*>(evidence);  // this kernel only reads it
     arguments.after = list.one_scale ? After::kRescaleAll : After::kRescaleOwn;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch("rescale", rescale_kernel<Arguments>, list.one_scale ? 1 : blocks_for(arguments.count), kThreads,
-           target_of(where), arguments);
+    launch("rescale", rescale_kernel<Arguments>, list.one_scale ? 1 : blocks_for(arguments.count), where, arguments);
   });
 }
 

@@ -62,20 +62,11 @@ struct Placement {
 //
 // The numbers of launches hold for up to 3,000 tensors in 40 groups; see Note [Launch arguments] for more.
 
-// The path and `sums` [count]. 2 launches.
-void measure(const TensorList& list, PathSums* sums, const Placement& where);
-
-// Counts the step, moves the walks on; from `sums` [count] to `evidence` [count]. 1 launch.
-void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);
-
-// Each tensor's scale follows its evidence [count]; under `one_scale` the one scale follows evidence[0], their total.
-// 1 launch.
-void rescale(const TensorList& list, const Evidence* evidence, const Placement& where);
-
-// Moments and parameters, with steps and scales as they are now. 1 launch.
-void update(const TensorList& list, const Placement& where);
-
-// All of it, where every tensor of the optimizer (`one_scale`) is in this list and none is sharded. 3 launches.
-void step(const TensorList& list, const Placement& where);
+// What each of them does is said in cpu_backend.h.
+void measure(const TensorList& list, PathSums* sums, const Placement& where);                            // 2 launches
+void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);  // 1
+void rescale(const TensorList& list, const Evidence* evidence, const Placement& where);                  // 1
+void update(const TensorList& list, const Placement& where);                                             // 1
+void step(const TensorList& list, const Placement& where);                                               // 3
 
 }  // namespace clara::cuda

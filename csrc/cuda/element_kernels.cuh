@@ -282,21 +282,21 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const A
 // ---------------------------------------------------------------------------------------------------------------
 
 template <typename P, typename Arguments>
-void launch_measure(DType grad, const LaunchTarget& target, const Arguments& arguments) {
+void launch_measure(DType grad, const Placement& where, const Arguments& arguments) {
   const auto kernel = grad == DType::kFloat32 ? measure_kernel<P, float, Arguments> : measure_kernel<P, P, Arguments>;
-  launch("measure", kernel, arguments.chunk_count, kThreads, target, arguments);
+  launch("measure", kernel, arguments.chunk_count, where, arguments);
 }
 
 template <typename P, typename Arguments>
-void launch_update(DType grad, const LaunchTarget& target, const Arguments& arguments) {
+void launch_update(DType grad, const Placement& where, const Arguments& arguments) {
   const auto kernel = grad == DType::kFloat32 ? update_kernel<P, float, Arguments> : update_kernel<P, P, Arguments>;
-  launch("update", kernel, arguments.chunk_count, kThreads, target, arguments);
+  launch("update", kernel, arguments.chunk_count, where, arguments);
 }
 
-#define CLARA_INSTANTIATE_ELEMENT_KERNELS(P)                                                   \
-  template void launch_measure<P>(DType, const LaunchTarget&, const SmallArguments&);          \
-  template void launch_measure<P>(DType, const LaunchTarget&, const LargeArguments&);          \
-  template void launch_update<P>(DType, const LaunchTarget&, const SmallArguments&);           \
-  template void launch_update<P>(DType, const LaunchTarget&, const LargeArguments&)
+#define CLARA_INSTANTIATE_ELEMENT_KERNELS(P)                                              \
+  template void launch_measure<P>(DType, const Placement&, const SmallArguments&);        \
+  template void launch_measure<P>(DType, const Placement&, const LargeArguments&);        \
+  template void launch_update<P>(DType, const Placement&, const SmallArguments&);         \
+  template void launch_update<P>(DType, const Placement&, const LargeArguments&)
 
 }  // namespace clara::cuda

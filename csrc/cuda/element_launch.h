@@ -10,9 +10,9 @@ namespace clara::cuda {
 
 // Enqueue a kernel for the chunks of `arguments`. P: storage of the parameters.
 template <typename P, typename Arguments>
-void launch_measure(DType grad, const LaunchTarget& target, const Arguments& arguments);
+void launch_measure(DType grad, const Placement& where, const Arguments& arguments);
 
 template <typename P, typename Arguments>
-void launch_update(DType grad, const LaunchTarget& target, const Arguments& arguments);
+void launch_update(DType grad, const Placement& where, const Arguments& arguments);
 
 }  // namespace clara::cuda

@@ -7,6 +7,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda_backend.h"
+#include "tuning.h"
+
 namespace clara::cuda {
 
 inline void check(cudaError_t error, const char* what, int device) {
@@ -34,22 +37,16 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-struct LaunchTarget {
-  int device;  // current
-  cudaStream_t stream;
-};
-
-// The one place where kernels are launched. `name` is what an error message calls the kernel.
+// The one place where kernels are launched. `name` is what an error message calls the kernel; the device is current.
 template <typename Kernel, typename Arguments>
-void launch(const char* name, Kernel* kernel, int64_t blocks, int threads, const LaunchTarget& target,
-            const Arguments& arguments) {
+void launch(const char* name, Kernel* kernel, int64_t blocks, const Placement& where, const Arguments& arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error(std::string("clara_fused: too many elements for kernel ") + name);
   const std::string kernel_name = std::string("kernel ") + name;
   void* parameters[] = {const_cast<Arguments*>(&arguments)};
-  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                         parameters, 0, target.stream),
-        kernel_name.c_str(), target.device);
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), parameters, 0,
+                         static_cast<cudaStream_t>(where.stream)),
+        kernel_name.c_str(), where.device);
 }
 
 }  // namespace clara::cuda

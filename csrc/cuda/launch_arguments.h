@@ -44,7 +44,6 @@ struct LaunchArguments {
   int32_t first_group;
   int32_t groups_offset;
   After after;
-  int32_t unused;
 
   static constexpr int kPayloadBytes = kBytes - 120;
   alignas(8) unsigned char payload[kPayloadBytes];  // gradients [count], if the kernel needs any; groups

@@ -6,16 +6,9 @@
 
 #include <cstdint>
 
-#include "../adam_clara.h"
+#include "../tensor_list.h"
 
 namespace clara::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) {

@@ -179,10 +179,6 @@ Gathered gather_buckets(const py::list& param_groups, const py::dict& state, boo
   return gathered;
 }
 
-bool supports(bool on_cuda, DType param, DType grad) {
-  return on_cuda ? cuda::supports(param, grad) : cpu::supports(param, grad);
-}
-
 py::dict build_info() {
   py::dict info;
 #if defined(CLARA_CPU_X86_KERNELS)

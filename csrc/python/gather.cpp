@@ -433,15 +433,13 @@ class Gatherer {
     c->grad_dtype = grad.dtype;
     c->grad_data = grad.data;
     if (!(grad.device == param.device) || !same_layout(param, grad) || !is_dense(param)) return false;
-    if (!(param.device.is_cuda ? cuda::supports(param.dtype, grad.dtype) : cpu::supports(param.dtype, grad.dtype))) {
-      return false;
-    }
+    if (!supports(param.device.is_cuda, param.dtype, grad.dtype)) return false;
 
     TensorRecord& record = c->record;
     record.param = param.data;
     record.numel = param.numel;
     record.group = static_cast<int32_t>(c->location.first);
-    c->param_bytes = param.numel * (param.dtype == DType::kFloat64 ? 8 : param.dtype == DType::kFloat32 ? 4 : 2);
+    c->param_bytes = param.numel * element_size(param.dtype);
     const Names& n = names();
     for (int i = 0; i < kWalkScalars; ++i) {
       if (!read_scalar(values, n.walk[i], param, &record.walk[i])) return false;
@@ -498,6 +496,10 @@ class Gatherer {
 };
 
 }  // namespace
+
+bool supports(bool on_cuda, DType param, DType grad) {
+  return on_cuda ? cuda::supports(param, grad) : cpu::supports(param, grad);
+}
 
 Gathering gather(const py::list& param_groups, const py::dict& state, bool one_scale) {
   Gatherer gatherer;

@@ -13,6 +13,9 @@
 
 namespace clara::python {
 
+// Whether the core serves this combination of storage types.
+bool supports(bool on_cuda, DType param, DType grad);
+
 struct Device {
   bool is_cuda;
   int32_t index;  // -1: the CPU

@@ -484,9 +484,9 @@ void check_conversions() {
     const FloatVector vector = FloatVector{} + value;
     BFloat16 bfloats[kLanes<float>];
     Float16 halves[kLanes<float>];
-    Stored<FloatVector>::store(vector, bfloats);
-    Stored<FloatVector>::store(vector, halves);
-    const float as_bfloat = Stored<FloatVector>::load(bfloats)[0], as_half = Stored<FloatVector>::load(halves)[0];
+    store(vector, bfloats);
+    store(vector, halves);
+    const float as_bfloat = load(bfloats)[0], as_half = load(halves)[0];
     const auto same = [](float a, float b) { return (std::isnan(a) && std::isnan(b)) || a == b; };
     expect(same(as_bfloat, nearest_of(DType::kBFloat16, value)), "bfloat16 of " + std::to_string(value));
     expect(same(as_half, nearest_of(DType::kFloat16, value)), "float16 of " + std::to_string(value));
@@ -496,7 +496,7 @@ void check_conversions() {
     Float16 halves[kLanes<float>];
     std::fill_n(halves, kLanes<float>, Float16{half});
     const double expected = read(reinterpret_cast<const char*>(&half), DType::kFloat16);
-    const float got = Stored<FloatVector>::load(halves)[0];
+    const float got = load(halves)[0];
     expect((std::isnan(expected) && std::isnan(got)) || expected == got, "float16 bits " + std::to_string(bits));
   }
 }
