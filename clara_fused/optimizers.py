@@ -168,19 +168,17 @@ class AdamClara(Constructor, Optimizer):
 
     def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
         """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
-        if self.fused is False:
+        if self.fused is False or loading.core_or_warning() is None:
             return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
-        if irregular is not None and not irregular and self._hold_the_scale(buckets):
+        if not irregular and self._hold_the_scale(buckets):
             return buckets
         works = self._prepare(inputs, irregular)
-        if irregular is not None:  # what only lacked its state is regular now
-            buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
-            works = {location: works[location] for location in irregular or ()}
-            if works and self.fused:
-                location, work = next(iter(works.items()))
-                raise RuntimeError(f"{tensors.describe(*location, work.param)}: fused=True: {_IRREGULAR}")
-        return [*buckets, *torch_backend.buckets_of(list(works.values()), inputs)]
+        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)  # with what only lacked its state
+        if irregular and self.fused:
+            first = irregular[0]
+            raise RuntimeError(f"{tensors.describe(*first, works[first].param)}: fused=True: {_IRREGULAR}")
+        return [*buckets, *torch_backend.buckets_of([works[location] for location in irregular], inputs)]
 
     def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
         """Check tensors (None: all) that have a gradient; only then create or complete their state."""
@@ -291,7 +289,7 @@ class AdamClara(Constructor, Optimizer):
     def _size(self, group_index: int) -> Tensor:
         if self._ranks is not None:
             return self._ranks.size(group_index)
-        return state.size_of_group(self.param_groups[group_index]["params"])
+        return state.size_of(self.param_groups[group_index]["params"])
 
     @torch.no_grad()
     def lr_scales(self) -> list[Tensor]:

@@ -225,12 +225,13 @@ def _initial_value(
 # --- the initial scale -----------------------------------------------------------------------------------------------
 
 
-def size_of(parts: Sequence[Tensor]) -> Tensor:
-    """How large tensors are: float64 [2], sum of squares and number of elements.
+def size_of(params: Sequence[Tensor]) -> Tensor:
+    """How large those parameters are that are trained: float64 [2], sum of squares and number of elements here.
 
     On the device of the first of them (not meta if there are others); deterministic, whatever their order. Nothing is
     read by the host.
     """
+    parts = [dtensors.local(param) for param in params if _is_trained(param)]
     parts = [part for part in parts if part.is_floating_point() and part.layout is torch.strided]
     parts = [part for part in parts if not part.is_meta] or parts
     device = parts[0].device if parts else torch.device("cpu")
@@ -247,13 +248,8 @@ def size_of(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([total, torch.full_like(total, numel)])
 
 
-def size_of_group(params: Sequence[Tensor]) -> Tensor:
-    """`size_of` the parameters that are trained, for one rank alone."""
-    return size_of([dtensors.local(param) for param in params if counts(param)])
-
-
-def counts(param: Tensor) -> bool:
-    """Whether a parameter is trained, so that its size matters; a lazy one has none before its module has run."""
+def _is_trained(param: Tensor) -> bool:
+    """A lazy parameter has no size before its module has run."""
     return (param.requires_grad or param.grad is not None) and not is_lazy(param)
 
 

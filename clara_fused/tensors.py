@@ -39,17 +39,6 @@ def check(param: Tensor, grad: Tensor, group_index: int, param_index: int) -> No
         ValueError: a gradient of another shape or device than the parameter; a parameter whose elements share memory
             (expanded), or a DTensor of partial sums.
     """
-    if (
-        type(grad) is Tensor
-        and grad.dtype == param.dtype
-        and param.dtype in SUPPORTED_DTYPES
-        and grad.layout == param.layout == torch.strided
-        and grad.shape == param.shape
-        and grad.device == param.device
-        and param.is_contiguous()
-        and not is_dtensor(param)
-    ):
-        return  # nearly all are like this
     where = describe(group_index, param_index, param)
     _check_param(param, where)
     check_placements(param, group_index, param_index)
@@ -144,9 +133,7 @@ def overlapping(params: Sequence[Tensor]) -> set[int]:
     found: set[int] = set()
     reached, previous = 0, 0
     for start, index in starts:
-        param = params[index]
-        # Of a contiguous tensor nbytes is all that it spans.
-        end = start + (param.nbytes if param.is_contiguous() else _span(param))
+        end = start + _span(params[index])
         if start < reached:
             found |= {previous, index}
         if end > reached:

@@ -185,7 +185,7 @@ class TorchBucket:
             values = torch.where(keep, self._load(pieces), values)
         if len(pieces) > 1:
             self._distribute(values.view(len(pieces), *pieces[0].shape), pieces)
-        elif not _share_memory(values, pieces[0]):
+        elif not torch._C._is_alias_of(values, pieces[0]):  # type: ignore[attr-defined]
             pieces[0].copy_(values.view(pieces[0].shape))
 
     def _gradient(self, block: _Block, sample: Sample) -> Tensor:
@@ -308,10 +308,6 @@ class TorchBucket:
             decay = 1.0 - rate * options.weight_decay
             param.mul_(decay.reshape(()) if isinstance(decay, Tensor) else decay)
         param.addcdiv_(step.view(param.shape), denominator.view(param.shape))
-
-
-def _share_memory(first: Tensor, second: Tensor) -> bool:
-    return bool(torch._C._is_alias_of(first, second))  # type: ignore[attr-defined]
 
 
 class _Coefficients:

@@ -42,17 +42,14 @@ class Gatherer:
 
     def gather(
         self, param_groups: list[dict[str, Any]], state: dict[Any, Any], inputs: StepInputs
-    ) -> tuple[list[CoreBucket], Sequence[Location] | None]:
-        """Buckets of all tensors that the core can step.
+    ) -> tuple[list[CoreBucket], Sequence[Location]]:
+        """Buckets of all tensors that the core, which there is, can step.
 
         Returns:
             the buckets, and where those parameters are that have a gradient and cannot be stepped by the core as they
-            are; None in place of these where there is no core.
+            are.
         """
-        core = loading.core_or_warning()
-        if core is None:
-            return [], None
-        gathered: _core.Gathered = core.gather(param_groups, state, self._one_scale)
+        gathered: _core.Gathered = loading.core_or_warning().gather(param_groups, state, self._one_scale)
         irregular = [Location(*location) for location in gathered.irregular]
         buckets = gathered.buckets
         for device in {bucket.device for bucket in buckets}:

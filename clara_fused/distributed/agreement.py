@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..step import Location, StepInputs, moved
-from .collectives import Collective, collectives_per_mesh, merged, sending_device
+from .collectives import Collective, collectives_per_mesh, merged, on_device, sending_device
 from .placement import Placed, holds_fsdp1_shards, is_fsdp1_shard, place, shards_of
 
 if TYPE_CHECKING:
@@ -123,23 +123,27 @@ class DisagreementWatch:
     device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: str) -> None:
+        self._optimizer = optimizer
+        self._seen: object = None
         self._lines: list[str] = []
         self._bits: dict[torch.device, Tensor] = {}
         self._found: Tensor | None = None
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def set_hyperparameters(self, lines: list[str]) -> None:
-        if self._lines != lines:
-            self._lines, self._bits = lines, {}
+    def described(self, inputs: StepInputs) -> list[str]:
+        """A step's hyperparameters in words, anew where they have changed: it takes tens of microseconds a group."""
+        seen = [known_lr(lr) for lr in inputs.lrs], list(inputs.options)
+        if seen != self._seen:
+            self._seen, self._lines, self._bits = seen, describe_hyperparameters(self._optimizer, inputs), {}
+        return self._lines
 
     def bits(self, device: torch.device) -> Tensor:
         """This rank's checksum as float64 [CHECKSUM_BITS] of 0 and 1."""
         if device not in self._bits:
             checksum = _checksum(self._lines)
             values = [float(checksum >> bit & 1) for bit in range(CHECKSUM_BITS)]
-            bits = torch.tensor(values, dtype=torch.float64, device="cpu")
-            self._bits[device] = moved(bits.pin_memory() if device.type == "cuda" else bits, device)
+            self._bits[device] = on_device(values, torch.float64, device)
         return self._bits[device]
 
     def look_at(self, summed_bits: Tensor, ranks: int) -> None:

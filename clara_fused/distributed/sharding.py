@@ -24,20 +24,12 @@ import torch
 from torch import Tensor
 
 from .. import adaptation
-from ..state import SCALARS, counts, size_of
+from ..state import SCALARS, size_of
 from ..step import Bucket, Location, StepInputs, moved
 from ..tensors import check_placements
 from .absent import AbsentTensors, has_gradient
-from .agreement import (
-    CHECKSUM_BITS,
-    DisagreementWatch,
-    RanksDisagreeError,
-    agreed_collectives,
-    describe_hyperparameters,
-    known_lr,
-)
+from .agreement import CHECKSUM_BITS, DisagreementWatch, RanksDisagreeError, agreed_collectives
 from .collectives import Collective, on_device
-from .dtensors import local
 from .placement import ParamGroups, holds_fsdp1_shards, located, needs_sums, signature_of
 
 if TYPE_CHECKING:
@@ -105,17 +97,14 @@ class RankSums:
         self._process_group = optimizer.process_group
         self._params = dict(located(optimizer.param_groups))
         self._signature = signature_of(optimizer.param_groups)
-        self._watch = DisagreementWatch()
+        self._watch = DisagreementWatch(type(optimizer).__name__)
         self._inputs = inputs
         self._absent: list[AbsentTensors] = []
         # Whether this step's `found_inf` has been told to the other ranks.
         self._overflow_is_known = False
 
-        self._described: object = None
-        self._lines: list[str] = []
-        self._describe(inputs)
         self._collectives, self._total = agreed_collectives(
-            self._params, self._process_group, inputs.one_scale, self._lines
+            self._params, self._process_group, inputs.one_scale, self._watch.described(inputs)
         )
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
         # Of a parameter outside of all collectives in the total: without FSDP1's shards each rank has others.
@@ -210,16 +199,8 @@ class RankSums:
         if inputs.found_inf is not None:
             inputs = replace(inputs, found_inf=self._overflow_of_all_ranks(inputs.found_inf))
         self._inputs = inputs
-        self._describe(inputs)
+        self._watch.described(inputs)
         return inputs
-
-    def _describe(self, inputs: StepInputs) -> None:
-        """Put the hyperparameters in words, anew where they have changed: it takes tens of microseconds a group."""
-        seen = [known_lr(lr) for lr in inputs.lrs], list(inputs.options)
-        if seen != self._described:
-            name = type(self._optimizer()).__name__
-            self._described, self._lines = seen, describe_hyperparameters(name, inputs)
-            self._watch.set_hyperparameters(self._lines)
 
     def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:
         for collective in self._all_collectives:
@@ -355,9 +336,8 @@ def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]])
     """`size_of` this rank's parts of those parameters that are trained, by group, float64 [groups, 2] on the CPU."""
     by_group: dict[tuple[int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        if counts(param):
-            by_group.setdefault((location.group_index, weight), []).append(local(param))
+        by_group.setdefault((location.group_index, weight), []).append(param)
     sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
-    for (group_index, weight), parts in by_group.items():
-        sizes[group_index] += weight * size_of(parts).cpu()
+    for (group_index, weight), params in by_group.items():
+        sizes[group_index] += weight * size_of(params).cpu()
     return sizes
