@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, overload
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -34,9 +35,7 @@ _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling
 class _InitialScale(NamedTuple):
     """What the first parameter of a group that got a state began with."""
 
-    group: dict[str, Any]
-    param: Tensor
-    entry: dict[str, Any]
+    param: ref[Tensor]
     scale: float | Tensor
 
 
@@ -231,7 +230,7 @@ class AdamClara(Constructor, Optimizer):
         else:
             scale = self._initial_scale(group_index, options)
             if self._known_initial_scale(group) is None:
-                self._initial_scales[id(group)] = _InitialScale(group, param, entry, scale)
+                self._initial_scales[id(group)] = _InitialScale(ref(param), scale)
         state.complete(entry, param, options[group_index], scale, self.process_group is not None)
         self._scales = {}
         return entry
@@ -280,9 +279,12 @@ class AdamClara(Constructor, Optimizer):
         return coming_lr(lr, group.get("initial_lr", self._given_lrs.get(id(group), 0.0)), group_index)
 
     def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
-        """What the group began with, as long as the state is there that did."""
+        """What the group began with, as long as it has the parameter that did, and this has its state."""
         known = self._initial_scales.get(id(group))
-        if known is None or known.group is not group or self.state.get(known.param) is not known.entry:
+        param = None if known is None else known.param()
+        if known is None or param is None or not self.state.get(param):
+            return None
+        if not any(each is param for each in group["params"]):
             return None
         return known.scale
 

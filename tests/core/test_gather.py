@@ -534,7 +534,7 @@ def test_malformed_groups_are_no_crash() -> None:
     from clara_fused.core import _core
 
     trained = Trained()
-    for groups in ([None], [{}], [{"params": None}], [{"params": (1, 2)}]):
+    for groups in ([None], [{}], [{"params": None}], [{"params": {1, 2}}]):
         with pytest.raises(TypeError):
             _core.gather(groups, trained.optimizer.state, False)
     found = _core.gather([{"params": [None, 7, "text"]}], trained.optimizer.state, False)
