@@ -2,7 +2,7 @@
 
 Works on blocks: a piece of one large tensor, in its own memory where that can be viewed flat, or a stack of small
 tensors of equal shape, copied together because a call for each of them would cost more than the copies. So temporary
-memory is bounded, and on a CPU a block stays in a core's cache from its first operation to its last.
+memory is bounded, and on a CPU a block stays in the last cache from its first operation to its last.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .options import GroupOptions, readable
 from .state import WALK, WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
 from .step import Location, StepInputs, TensorWork, moved
 
-# Elements of a block. On the CPU its five arrays are to stay in a core's cache; a GPU wants few, large launches.
-_BLOCK = {"cpu": 1 << 17}
-_BLOCK_ELSEWHERE = 1 << 24
+# Bytes of an array of a block. On the CPU its five are to stay in the last cache; a GPU wants few, large launches.
+_BLOCK_BYTES = {"cpu": 1 << 20}
+_BLOCK_BYTES_ELSEWHERE = 1 << 26
 _SMALL = 1 << 14  # tensors up to this size are stacked
 _SUM_BLOCK = 1024  # elements whose sum is taken in the arithmetic type, and in float64 across
 
@@ -160,7 +160,7 @@ class TorchBucket:
 
     def _blocks(self, sampled: bool) -> Iterator[list[_Block]]:
         """The blocks of each unit; `sampled`: sized by the elements that have a path."""
-        limit = _BLOCK.get(self.device.type, _BLOCK_ELSEWHERE)
+        limit = _BLOCK_BYTES.get(self.device.type, _BLOCK_BYTES_ELSEWHERE) // self._dtype.itemsize
         start = 0
         for unit in self._units:
             if len(unit) == 1:

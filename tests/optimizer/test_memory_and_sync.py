@@ -42,7 +42,7 @@ def test_the_measurement_sees_temporaries() -> None:
 
 
 def big_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """One large tensor and many of all sizes: three million elements, where a block of the back end has 131,072."""
+    """One large tensor and many of all sizes: 12 MB in float32, where a block of the back end has 1 MiB."""
     return parameters([(1500, 2000), (1,), (256, 512), (3, 0), *[(100, 31)] * 20, (5,)], dtype)
 
 
