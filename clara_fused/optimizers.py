@@ -65,9 +65,6 @@ class AdamClara(Constructor, Optimizer):
         self.fused = fused
         self.process_group = arguments["process_group"]
         self._core = core_buckets.Gatherer(self.one_scale)
-        # By the group's id. A first step may be taken at 0: in a warm-up, or by torch.distributed.checkpoint, which has
-        # the optimizer make its state so.
-        self._given_lrs: dict[int, float | Tensor] = {}
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
         self._all_groups = self.param_groups
@@ -83,6 +80,8 @@ class AdamClara(Constructor, Optimizer):
         self._scales: dict[torch.device, Tensor] = {}
         # By the group's id. Who joins a group later starts as those did that are there.
         self._initial_scales: dict[int, _InitialScale] = {}
+        # Groups, by id, whose state was made at a rate of 0: the first one that is not decides how they begin.
+        self._made_at_zero: set[int] = set()
 
     @property
     def process_group(self) -> Any:
@@ -130,6 +129,8 @@ class AdamClara(Constructor, Optimizer):
         try:
             inputs = self._read_inputs()
             ranks, inputs = sharding.join(self, inputs)
+            if self._made_at_zero:
+                self._begin(inputs)
             buckets = self._gather(inputs)
         except Exception as error:
             sharding.fail_together(self, error)  # the ranks that share parameters
@@ -231,6 +232,8 @@ class AdamClara(Constructor, Optimizer):
             scale = self._initial_scale(group_index, options)
             if self._known_initial_scale(group) is None:
                 self._initial_scales[id(group)] = _InitialScale(ref(param), scale)
+                if self._is_at_zero(group_index):
+                    self._made_at_zero.add(id(group))
         state.complete(entry, param, options[group_index], scale, self.process_group is not None)
         self._scales = {}
         return entry
@@ -267,16 +270,50 @@ class AdamClara(Constructor, Optimizer):
         known = self._known_initial_scale(self.param_groups[group_index])
         if known is not None:
             return known
-        groups = range(len(self.param_groups)) if self.one_scale else [group_index]
+        return self._cautious_scale(group_index, own)
+
+    def _cautious_scale(self, group_index: int, own: GroupOptions) -> Tensor:
+        groups = self._sharing_a_scale(group_index)
         sizes = [self._size(index) for index in groups]
         size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
-        _, lrs = self._options.read(self.param_groups)
-        lr = largest_lr([self._coming_lr(lrs[index], index) for index in groups], size.device)
-        return state.cautious_scale(size, lr, own)
+        return state.cautious_scale(size, self._coming_lr(group_index), own)
 
-    def _coming_lr(self, lr: float | Tensor, group_index: int) -> float | Tensor:
-        group = self.param_groups[group_index]
-        return coming_lr(lr, group.get("initial_lr", self._given_lrs.get(id(group), 0.0)), group_index)
+    def _sharing_a_scale(self, group_index: int) -> Sequence[int]:
+        return range(len(self.param_groups)) if self.one_scale else [group_index]
+
+    def _coming_lr(self, group_index: int) -> float | Tensor:
+        """The rate that a group's beginning is judged by; the largest of those that share a scale."""
+        _, lrs = self._options.read(self.param_groups)
+        groups = self._sharing_a_scale(group_index)
+        return largest_lr([coming_lr(lrs[index], self.param_groups[index], index) for index in groups])
+
+    def _is_at_zero(self, group_index: int) -> bool:
+        """Whether nothing is known of the rate that a group will have; what only a device knows is taken for one."""
+        lr = self._coming_lr(group_index)
+        return not isinstance(lr, Tensor) and lr == 0.0
+
+    def _begin(self, inputs: StepInputs) -> None:
+        """Give groups whose state was made at a rate of 0 the scale that they begin with, once their rate is another.
+
+        torch.distributed.checkpoint has an optimizer make its state in a step at 0. Loading drops what is noted here:
+        a scale that was loaded stays.
+        """
+        for index, group in enumerate(self.param_groups):
+            if id(group) not in self._made_at_zero or self._is_at_zero(index):
+                continue
+            own = inputs.options[index]
+            if self.one_scale:
+                self._made_at_zero.clear()
+                targets = list(self._shared_scales().values())
+            else:
+                self._made_at_zero.discard(id(group))
+                entries = (self.state.get(param, {}) for param in group["params"])
+                targets = [entry["lr_scale"] for entry in entries if "lr_scale" in entry]
+            if own.adapt_lr and not own.initial_scale:
+                scale = self._cautious_scale(index, own)
+                self._initial_scales[id(group)] = self._initial_scales[id(group)]._replace(scale=scale)
+                for target in targets:
+                    target.copy_(moved(scale, target.device))
 
     def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
         """What the group began with, as long as it has the parameter that did, and this has its state."""
@@ -368,7 +405,6 @@ class AdamClara(Constructor, Optimizer):
             self.param_groups.pop()
             raise
         self._options.normalize(group)
-        self._given_lrs[id(group)] = group["lr"]
         self._shards_are_checked = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -412,7 +448,6 @@ class AdamClara(Constructor, Optimizer):
         for group, template in zip(groups, templates, strict=True):
             state.adopt_group(group, template, self.option_names)
             reader.normalize(group)
-        self._given_lrs = {id(group): group["lr"] for group in groups}
         options, _ = reader.read(groups)
         process_group: placement.ProcessGroupReference = new.get("_process_group") or self._process_group
         all_elements = process_group.group is not None

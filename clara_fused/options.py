@@ -374,18 +374,19 @@ def _read_lr(lr: Any, index: int) -> float | Tensor:
     return number
 
 
-def coming_lr(lr: float | Tensor, given: Any, index: int) -> float | Tensor:
-    """A checked learning rate; where a step is taken at 0, the `given` one that it will lead to."""
-    return lr if isinstance(lr, Tensor) or lr > 0.0 else _read_lr(given, index)
+def coming_lr(lr: float | Tensor, group: Mapping[str, Any], index: int) -> float | Tensor:
+    """A checked learning rate; where a warm-up starts at 0, the one it leads to, as torch's schedulers note it."""
+    return lr if isinstance(lr, Tensor) or lr > 0.0 else _read_lr(group.get("initial_lr", 0.0), index)
 
 
-def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:
-    """The largest of checked learning rates; a 0-dim float64 tensor on `device` where only devices know them."""
+def largest_lr(lrs: Sequence[float | Tensor]) -> float | Tensor:
+    """The largest of checked learning rates; a 0-dim float32 tensor where only devices know them."""
     numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
     if len(numbers) == len(lrs):
         return max(numbers)
-    on_device = [lr.to(device, non_blocking=True).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
-    largest = torch.stack([lr.to(torch.float32) for lr in on_device]).max()
+    tensors = [lr for lr in lrs if isinstance(lr, Tensor)]
+    device = tensors[0].device
+    largest = torch.stack([lr.to(device, torch.float32, non_blocking=True).reshape(()) for lr in tensors]).max()
     return largest.clamp(min=max(numbers)) if numbers else largest
 
 

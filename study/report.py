@@ -130,9 +130,9 @@ def long_table(study: Study) -> Table:
 def coverage(study: Study) -> str:
     runs = sum(map(len, study.cells.values()))
     fewest, most = study.seeds()
-    seeds = f"{fewest} to {most}" if fewest != most else f"{most}"
+    seeds = f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
     seconds = sum(record["seconds"] for found in study.cells.values() for record in found)
-    extent = f"{runs} runs on {len(study.tasks)} tasks, {seeds} seeds, {seconds / 3600:.1f} core hours"
+    extent = f"{runs} runs on {len(study.tasks)} tasks, {seeds}, {seconds / 3600:.1f} core hours"
     return f"Recorded so far: {extent}.\n"
 
 

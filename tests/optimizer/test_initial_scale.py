@@ -260,14 +260,26 @@ def test_who_joins_a_group_begins_as_the_others_did(variant: str, fused: bool) -
     assert optimizer.lr_scales()[0].tolist() == [began] * 2
 
 
-def test_a_state_made_for_a_checkpoint_begins_as_any_other(variant: str, fused: bool) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_state_made_for_a_checkpoint_begins_as_any_other(groups: int, variant: str, fused: bool) -> None:
     """torch.distributed.checkpoint lets an optimizer make its state in a step at a rate of 0."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    torch.manual_seed(0)
-    model = nn.Linear(30, 20)
-    optimizer = VARIANTS[variant](model.parameters(), lr=5.0, fused=fused)
-    expected = optimizer.lr_scales()[0].tolist()
-    assert expected[0] < 0.1
-    get_optimizer_state_dict(model, optimizer)
-    assert optimizer.lr_scales()[0].tolist() == pytest.approx(expected, rel=1e-6)
+    outcomes = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(30, 20)
+        params = list(model.parameters())
+        split = [{"params": params}] if groups == 1 else [{"params": [param]} for param in params]
+        optimizer = VARIANTS[variant](split, lr=5.0, clip=(1.0, 1.0), fused=fused)
+        if asked:
+            get_optimizer_state_dict(model, optimizer)
+        scales = []
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+            scales.append(torch.cat(optimizer.lr_scales()))
+        outcomes.append(scales)
+    assert (outcomes[0][0] < 0.1).any()
+    for without, after in zip(*outcomes, strict=True):
+        torch.testing.assert_close(without, after)
