@@ -98,7 +98,7 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     runs.append_record(tmp_path / "quick.jsonl", runs.perform(planned[0]))
     program.main(["run", "quick", "--records", str(tmp_path), "--jobs", "1"])
     assert [found["key"] for found in runs.read_records(tmp_path)] == [run.key for run in planned]
-    assert "2 runs on 1 tasks, 1 seeds" in " ".join(capsys.readouterr().out.split())
+    assert "2 runs on 1 tasks, 1 seed," in " ".join(capsys.readouterr().out.split())
     program.main(["forget", "smoothed", "--records", str(tmp_path)])
     assert list(runs.read_records(tmp_path)) == []
     with pytest.raises(SystemExit, match="no plan fast"):
