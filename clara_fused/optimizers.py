@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple, overload
 from weakref import ref
 
@@ -78,10 +79,8 @@ class AdamClara(Constructor, Optimizer):
         self._signatures: dict[int, tuple[object, ...]] = {}
         # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
         self._scales: dict[torch.device, Tensor] = {}
-        # By the group's id. Who joins a group later starts as those did that are there.
+        # By the group's id. Who joins a group later begins as those did that are there.
         self._initial_scales: dict[int, _InitialScale] = {}
-        # Groups, by id, whose state was made at a rate of 0: the first one that is not decides how they begin.
-        self._made_at_zero: set[int] = set()
 
     @property
     def process_group(self) -> Any:
@@ -129,8 +128,6 @@ class AdamClara(Constructor, Optimizer):
         try:
             inputs = self._read_inputs()
             ranks, inputs = sharding.join(self, inputs)
-            if self._made_at_zero:
-                self._begin(inputs)
             buckets = self._gather(inputs)
         except Exception as error:
             sharding.fail_together(self, error)  # the ranks that share parameters
@@ -232,10 +229,10 @@ class AdamClara(Constructor, Optimizer):
             scale = self._initial_scale(group_index, options)
             if self._known_initial_scale(group) is None:
                 self._initial_scales[id(group)] = _InitialScale(ref(param), scale)
-                if self._is_at_zero(group_index):
-                    self._made_at_zero.add(id(group))
         state.complete(entry, param, options[group_index], scale, self.process_group is not None)
-        self._scales = {}
+        if self.one_scale:
+            own: Tensor = entry["lr_scale"]
+            entry["lr_scale"] = self._scales.setdefault(own.device, own)
         return entry
 
     # --- scales ---
@@ -267,63 +264,23 @@ class AdamClara(Constructor, Optimizer):
         own = options[group_index]
         if not own.adapt_lr or own.initial_scale:
             return own.initial_scale if own.adapt_lr else 1.0
-        known = self._known_initial_scale(self.param_groups[group_index])
+        known = None if self.one_scale else self._known_initial_scale(self.param_groups[group_index])
         if known is not None:
             return known
-        return self._cautious_scale(group_index, own)
-
-    def _cautious_scale(self, group_index: int, own: GroupOptions) -> Tensor:
-        groups = self._sharing_a_scale(group_index)
+        groups = range(len(self.param_groups)) if self.one_scale else [group_index]
         sizes = [self._size(index) for index in groups]
         size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
-        return state.cautious_scale(size, self._coming_lr(group_index), own)
-
-    def _sharing_a_scale(self, group_index: int) -> Sequence[int]:
-        return range(len(self.param_groups)) if self.one_scale else [group_index]
-
-    def _coming_lr(self, group_index: int) -> float | Tensor:
-        """The rate that a group's beginning is judged by; the largest of those that share a scale."""
         _, lrs = self._options.read(self.param_groups)
-        groups = self._sharing_a_scale(group_index)
-        return largest_lr([coming_lr(lrs[index], self.param_groups[index], index) for index in groups])
-
-    def _is_at_zero(self, group_index: int) -> bool:
-        """Whether nothing is known of the rate that a group will have; what only a device knows is taken for one."""
-        lr = self._coming_lr(group_index)
-        return not isinstance(lr, Tensor) and lr == 0.0
-
-    def _begin(self, inputs: StepInputs) -> None:
-        """Give groups whose state was made at a rate of 0 the scale that they begin with, once their rate is another.
-
-        torch.distributed.checkpoint has an optimizer make its state in a step at 0. Loading drops what is noted here:
-        a scale that was loaded stays.
-        """
-        for index, group in enumerate(self.param_groups):
-            if id(group) not in self._made_at_zero or self._is_at_zero(index):
-                continue
-            own = inputs.options[index]
-            if self.one_scale:
-                self._made_at_zero.clear()
-                targets = list(self._shared_scales().values())
-            else:
-                self._made_at_zero.discard(id(group))
-                entries = (self.state.get(param, {}) for param in group["params"])
-                targets = [entry["lr_scale"] for entry in entries if "lr_scale" in entry]
-            if own.adapt_lr and not own.initial_scale:
-                scale = self._cautious_scale(index, own)
-                self._initial_scales[id(group)] = self._initial_scales[id(group)]._replace(scale=scale)
-                for target in targets:
-                    target.copy_(moved(scale, target.device))
+        lr = largest_lr([coming_lr(lrs[index], self.param_groups[index], index) for index in groups], size.device)
+        return state.cautious_scale(size, lr, own)
 
     def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
         """What the group began with, as long as it has the parameter that did, and this has its state."""
         known = self._initial_scales.get(id(group))
         param = None if known is None else known.param()
-        if known is None or param is None or not self.state.get(param):
+        if known is None or param is None or "lr_scale" not in self.state.get(param, {}):
             return None
-        if not any(each is param for each in group["params"]):
-            return None
-        return known.scale
+        return known.scale if any(each is param for each in group["params"]) else None
 
     def _size(self, group_index: int) -> Tensor:
         if self._ranks is not None:
@@ -341,9 +298,13 @@ class AdamClara(Constructor, Optimizer):
         """
         options, _ = self._options.read(self.param_groups)
         self._scales = {}  # the states that held it may be gone
-        return [self._group_scales(index, group["params"], options) for index, group in enumerate(self.param_groups)]
+        initial_scale = cache(lambda index: self._initial_scale(index, options))
+        return [
+            self._group_scales(group["params"], partial(initial_scale, 0 if self.one_scale else index))
+            for index, group in enumerate(self.param_groups)
+        ]
 
-    def _group_scales(self, index: int, params: Sequence[Tensor], options: Sequence[GroupOptions]) -> Tensor:
+    def _group_scales(self, params: Sequence[Tensor], initial_scale: Callable[[], float | Tensor]) -> Tensor:
         devices = [param.device for param in params]
         device = next((each for each in devices if each.type != "meta"), (*devices, torch.device("cpu"))[0])
         scales = []
@@ -354,7 +315,7 @@ class AdamClara(Constructor, Optimizer):
                 if initial is None:
                     initial = 1.0
                     if self._ranks is not None or not placement.needs_sums(self.param_groups, self.process_group):
-                        initial = self._initial_scale(index, options)
+                        initial = initial_scale()
                 scale = initial
             if not isinstance(scale, Tensor):
                 scale = torch.full((), scale, dtype=torch.float32, device=device)

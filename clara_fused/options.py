@@ -379,26 +379,25 @@ def coming_lr(lr: float | Tensor, group: Mapping[str, Any], index: int) -> float
     return lr if isinstance(lr, Tensor) or lr > 0.0 else _read_lr(group.get("initial_lr", 0.0), index)
 
 
-def largest_lr(lrs: Sequence[float | Tensor]) -> float | Tensor:
-    """The largest of checked learning rates; a 0-dim float32 tensor where only devices know them."""
+def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:
+    """The largest of checked learning rates; a 0-dim float64 tensor on `device` where only devices know them."""
     numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
     if len(numbers) == len(lrs):
         return max(numbers)
-    tensors = [lr for lr in lrs if isinstance(lr, Tensor)]
-    device = tensors[0].device
-    largest = torch.stack([lr.to(device, torch.float32, non_blocking=True).reshape(()) for lr in tensors]).max()
+    on_device = [lr.to(device, non_blocking=True).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
+    largest = torch.stack([lr.to(torch.float32) for lr in on_device]).max()
     return largest.clamp(min=max(numbers)) if numbers else largest
 
 
 # --- torch.optim's switches ------------------------------------------------------------------------------------------
 
-_ADVICE_ON_SWITCHES = {
+# And what to do instead, where one asks for something.
+SWITCHES = {
     "foreach": "the compiled core (fused=None) and the PyTorch back end (fused=False) both step many tensors at once",
     "capturable": "every step can be captured into a CUDA graph; make lr a tensor on the device",
     "differentiable": "the step is taken without autograd; use torch.optim.Adam where it is to be differentiated",
     "fused": "it is an argument of the optimizer, not of a param group",
 }
-SWITCHES = tuple(_ADVICE_ON_SWITCHES)
 
 
 def check_switches(switches: Mapping[str, Any], where: str) -> None:
@@ -411,4 +410,4 @@ def check_switches(switches: Mapping[str, Any], where: str) -> None:
         if name not in SWITCHES:
             raise TypeError(f"{where} got an unexpected keyword argument {name!r}")
         if value is not None and (name == "fused" or value is not False):
-            raise TypeError(f"{where} does not take {name}={value!r}: {_ADVICE_ON_SWITCHES[name]}")
+            raise TypeError(f"{where} does not take {name}={value!r}: {SWITCHES[name]}")

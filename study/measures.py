@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from operator import itemgetter
 from typing import Any, Literal
 
 from .contenders import CONTENDERS
@@ -62,27 +63,33 @@ class Study:
     def rates(self, task: str, optimizer: str) -> list[float]:
         return sorted(lr for t, o, lr in self.cells if (t, o) == (task, optimizer))
 
-    def mean(self, task: str, optimizer: str, lr: float, kind: Kind) -> float:
-        """Over the seeds; infinite if one is lost, NaN if it was not run."""
-        found = self.cells.get((task, optimizer, lr), ())
-        return statistics.fmean(score(record, kind) for record in found) if found else math.nan
+    def mean(self, task: str, optimizer: str, lr: float, kind: Kind, seeds: Collection[int] | None = None) -> float:
+        """Over these seeds (None: all that were run); infinite if one is lost, NaN if one was not run."""
+        scores = {record["seed"]: score(record, kind) for record in self.cells.get((task, optimizer, lr), ())}
+        return statistics.fmean(scores.get(seed, math.nan) for seed in seeds or scores) if scores else math.nan
 
     def diverged(self, task: str, optimizer: str, lr: float) -> int:
         return sum(record["diverged"] for record in self.cells.get((task, optimizer, lr), ()))
 
-    def best(self, task: str, optimizer: str, kind: Kind) -> tuple[float, float] | None:
+    def best(
+        self, task: str, optimizer: str, kind: Kind, seeds: Collection[int] | None = None
+    ) -> tuple[float, float] | None:
         """The rate from which an optimizer ends best, and the score there."""
-        means = {lr: self.mean(task, optimizer, lr, kind) for lr in self.rates(task, optimizer)}
-        return min(means.items(), key=lambda item: item[1]) if means else None
+        means = [(lr, self.mean(task, optimizer, lr, kind, seeds)) for lr in self.rates(task, optimizer)]
+        return min(((lr, mean) for lr, mean in means if not math.isnan(mean)), key=itemgetter(1), default=None)
 
-    def tuned(self, task: str, kind: Kind, baselines: Iterable[str] = ("adam",)) -> float:
+    def tuned(
+        self, task: str, kind: Kind, baselines: Iterable[str] = ("adam",), seeds: Collection[int] | None = None
+    ) -> float:
         """The best score of the baselines, each at its best rate; NaN if none was run."""
-        found = [best[1] for name in baselines if (best := self.best(task, name, kind))]
+        found = [best[1] for name in baselines if (best := self.best(task, name, kind, seeds))]
         return min(found, default=math.nan)
 
     def regret(self, task: str, optimizer: str, lr: float, kind: Kind, baselines: Iterable[str] = ("adam",)) -> float:
-        """By what fraction the runs from this rate end above the best of the baselines; NaN where one is missing."""
-        mean, best = self.mean(task, optimizer, lr, kind), self.tuned(task, kind, baselines)
+        """By what fraction the runs from this rate end above the best of the baselines, with the same seeds; NaN where
+        one is missing."""
+        seeds = {record["seed"] for record in self.cells.get((task, optimizer, lr), ())}
+        mean, best = self.mean(task, optimizer, lr, kind), self.tuned(task, kind, baselines, seeds)
         if math.isnan(mean) or math.isnan(best):
             return math.nan
         return excess(mean, best)

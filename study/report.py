@@ -131,9 +131,7 @@ def coverage(study: Study) -> str:
     runs = sum(map(len, study.cells.values()))
     fewest, most = study.seeds()
     seeds = f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
-    seconds = sum(record["seconds"] for found in study.cells.values() for record in found)
-    extent = f"{runs} runs on {len(study.tasks)} tasks, {seeds}, {seconds / 3600:.1f} core hours"
-    return f"Recorded so far: {extent}.\n"
+    return f"Recorded so far: {runs} runs on {len(study.tasks)} tasks, {seeds}.\n"
 
 
 def print_report(console: Console, study: Study) -> None:

@@ -43,7 +43,7 @@ class Gatherer:
     def gather(
         self, param_groups: list[dict[str, Any]], state: dict[Any, Any], inputs: StepInputs
     ) -> tuple[list[CoreBucket], Sequence[Location]]:
-        """Buckets of all tensors that the core, which there is, can step.
+        """Buckets of all tensors that the core can step; there has to be one.
 
         Returns:
             the buckets, and where those parameters are that have a gradient and cannot be stepped by the core as they

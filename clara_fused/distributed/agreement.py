@@ -131,8 +131,8 @@ class DisagreementWatch:
         self._found: Tensor | None = None
         self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def described(self, inputs: StepInputs) -> list[str]:
-        """A step's hyperparameters in words, anew where they have changed: it takes tens of microseconds a group."""
+    def describe(self, inputs: StepInputs) -> list[str]:
+        """Put a step's hyperparameters in words, where they have changed: it takes tens of microseconds a group."""
         seen = [known_lr(lr) for lr in inputs.lrs], list(inputs.options)
         if seen != self._seen:
             self._seen, self._lines, self._bits = seen, describe_hyperparameters(self._optimizer, inputs), {}

@@ -104,7 +104,7 @@ class RankSums:
         self._overflow_is_known = False
 
         self._collectives, self._total = agreed_collectives(
-            self._params, self._process_group, inputs.one_scale, self._watch.described(inputs)
+            self._params, self._process_group, inputs.one_scale, self._watch.describe(inputs)
         )
         self._collective_of = {m.location: each for each in self._collectives for m in each.members}
         # Of a parameter outside of all collectives in the total: without FSDP1's shards each rank has others.
@@ -199,7 +199,7 @@ class RankSums:
         if inputs.found_inf is not None:
             inputs = replace(inputs, found_inf=self._overflow_of_all_ranks(inputs.found_inf))
         self._inputs = inputs
-        self._watch.described(inputs)
+        self._watch.describe(inputs)
         return inputs
 
     def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:

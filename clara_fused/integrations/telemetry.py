@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clara_fused.optimizers import AdamClara
@@ -46,7 +47,9 @@ def scale_figures(optimizer: AdamClara, lrs: Sequence[float | Tensor], prefix: s
             continue
         if isinstance(lr, Tensor):
             lr = lr.to(scales.device, scales.dtype).reshape(())
-        for quantity, values in (("effective_lr", scales * lr), ("lr_scale", scales)):
-            for name in ("min", "median", "max"):
-                figures[f"{prefix}/group{index}/{quantity}/{name}"] = getattr(values, name)().item()
+        both = torch.stack([scales * lr, scales])
+        numbers = torch.stack([both.amin(1), both.median(1).values, both.amax(1)], dim=1).tolist()
+        for quantity, values in zip(("effective_lr", "lr_scale"), numbers, strict=True):
+            for name, value in zip(("min", "median", "max"), values, strict=True):
+                figures[f"{prefix}/group{index}/{quantity}/{name}"] = value
     return figures

@@ -519,6 +519,7 @@ class _CudaCore:
         ("", "cuda", torch.float32, None),
         ("", "cuda:1", torch.bfloat16, None),
         ("no driver", "cuda:1", torch.float32, "device 1: no driver"),
+        ("no driver", "cuda", torch.float64, "device 0: no driver"),
         ("", "cuda", torch.float64, "do not serve float64"),
         ("", "mps", torch.float32, "no kernels for mps devices"),
         ("no driver", "cpu", torch.float64, None),
@@ -537,6 +538,13 @@ def test_the_reason_why_a_device_or_dtype_is_not_served(
         assert status is None
     else:
         assert status is not None and reason in status
+
+
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+def test_a_core_without_cuda_says_so() -> None:
+    if loading.core_or_warning().build_info()["cuda"] is not None:
+        pytest.skip("this core is built with CUDA")
+    assert "built without CUDA" in (loading.core_status("cuda", torch.float32) or "")
 
 
 def test_source_distributions_hold_all_that_is_compiled(tmp_path: Path) -> None:

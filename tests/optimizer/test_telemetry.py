@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import LIVELY, VARIANTS, all_params, frozen, parameters, set_gradients, snapshot, train
 
-from clara_fused.integrations.telemetry import find_optimizer
+from clara_fused.integrations.telemetry import current_lrs, find_optimizer, scale_figures
 
 
 def test_order_dtype_and_shape(variant: str, fused: bool) -> None:
@@ -120,3 +120,21 @@ def test_the_optimizer_is_found_inside_wrappers() -> None:
     loop.optimizer = loop
     assert all(find_optimizer(wrapped) is optimizer for wrapped in (optimizer, accelerated, zero))
     assert all(find_optimizer(other) is None for other in (None, torch.optim.Adam(parameters()), loop))
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_figures_for_a_log(tensor_lr: bool) -> None:
+    params = parameters([(3,), (4,), (5,)])
+    lr = torch.tensor(0.5, dtype=torch.float64) if tensor_lr else 0.5
+    optimizer = VARIANTS["Local"]([{"params": params}, {"params": []}], lr=lr, initial_scale=1.0)
+    train(optimizer, 1)
+    for param, scale in zip(params, (4.0, 1.0, 2.0), strict=True):
+        optimizer.state[param]["lr_scale"].fill_(scale)
+    assert scale_figures(optimizer, current_lrs(optimizer), "log") == {
+        "log/group0/effective_lr/min": 0.5,
+        "log/group0/effective_lr/median": 1.0,
+        "log/group0/effective_lr/max": 2.0,
+        "log/group0/lr_scale/min": 1.0,
+        "log/group0/lr_scale/median": 2.0,
+        "log/group0/lr_scale/max": 4.0,
+    }

@@ -98,7 +98,7 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     runs.append_record(tmp_path / "quick.jsonl", runs.perform(planned[0]))
     program.main(["run", "quick", "--records", str(tmp_path), "--jobs", "1"])
     assert [found["key"] for found in runs.read_records(tmp_path)] == [run.key for run in planned]
-    assert "2 runs on 1 tasks, 1 seed," in " ".join(capsys.readouterr().out.split())
+    assert "2 runs on 1 tasks, 1 seed." in " ".join(capsys.readouterr().out.split())
     program.main(["forget", "smoothed", "--records", str(tmp_path)])
     assert list(runs.read_records(tmp_path)) == []
     with pytest.raises(SystemExit, match="no plan fast"):
@@ -267,6 +267,20 @@ def test_every_contender_takes_steps(name: str) -> None:
 # --- measures and targets --------------------------------------------------------------------------------------------
 
 ADAM = {1e-5: 1.8, 1e-4: 1.5, 1e-3: 1.0, 1e-2: 1.05, 1e-1: 1.5, 1.0: None}
+
+
+def test_runs_are_compared_with_the_same_seeds() -> None:
+    """While a study is on its way a cell may have fewer; seeds differ by more than optimizers do."""
+    study = measures.Study(
+        [
+            *(record(loss=loss, seed=seed) for seed, loss in enumerate((1.0, 3.0))),
+            record(lr=1e-2, loss=0.5, seed=1),
+            record(optimizer="local", loss=1.1, seed=0),
+        ]
+    )
+    assert study.tuned("mlp-iris", "training") == 0.5
+    assert study.regret("mlp-iris", "local", 1e-3, "training") == pytest.approx(0.1)
+    assert math.isnan(study.mean("mlp-iris", "local", 1e-3, "training", seeds=(0, 1)))
 
 
 def test_span_and_regret_are_measured_against_tuned_adam() -> None:
