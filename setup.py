@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -78,7 +79,7 @@ def find_compiler() -> list[str]:
 class Cuda:
     """A CUDA toolkit. nvcc may be a wrapper that lies elsewhere; as it knows its libraries, it links as well."""
 
-    nvcc: str
+    nvcc: list[str]
     version: str
     archs: list[str]
 
@@ -88,7 +89,7 @@ def output_of(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def find_cuda(compiler: str, required: bool) -> Cuda:
+def find_cuda(compiler: list[str], required: bool) -> Cuda:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
@@ -100,7 +101,9 @@ def find_cuda(compiler: str, required: bool) -> Cuda:
     version = ".".join(release.groups())
     if tuple(map(int, release.groups())) < MIN_CUDA:
         raise CannotBuild(f"{nvcc} is of CUDA {version}, which is too old: 12.4 or newer is needed")
-    return Cuda(nvcc, version, find_archs(nvcc, gpus_of_this_machine(nvcc, compiler), required))
+    # One word, without a launcher before it (ccache g++) or flags behind it.
+    host = list(takewhile(lambda word: not word.startswith("-"), compiler))[-1]
+    return Cuda([nvcc, "-ccbin", host], version, find_archs(nvcc, gpus_of_this_machine(nvcc, host), required))
 
 
 def gpus_of_this_machine(nvcc: str, compiler: str) -> list[str]:
@@ -126,7 +129,7 @@ def find_archs(nvcc: str, gpus: list[str], required: bool) -> list[str]:
         archs = set(re.split(r"[;,\s]+", wanted.replace(".", "").strip()))
     if unknown := archs.difference(known):
         problem = f"{nvcc} does not know {', '.join(sorted(unknown))}; it knows {', '.join(known)}"
-        raise CannotBuild(f"CLARA_CUDA_ARCHS={wanted}: {problem}")
+        raise SystemExit(f"CLARA_CUDA_ARCHS={wanted}: {problem}")
     return sorted(archs, key=int)
 
 
@@ -158,7 +161,7 @@ def make_plan() -> Plan:
             check_build_tools()
             plan.compiler, plan.kind = find_compiler(), "cpu"
         if wanted in ("", "cuda"):
-            plan.cuda, plan.kind = find_cuda(plan.compiler[0], required=wanted == "cuda"), "cuda"
+            plan.cuda, plan.kind = find_cuda(plan.compiler, required=wanted == "cuda"), "cuda"
     except CannotBuild as reason:
         if wanted:
             raise SystemExit(f"CLARA_BUILD={wanted}: {reason}") from None
@@ -184,7 +187,7 @@ def compilations(plan: Plan, version: str) -> Iterator[tuple[str, Path, list[str
             continue
         for name, flags in INSTRUCTION_SETS.items():
             yield f"kernels_{name}", source, [*cxx, *KERNEL_FLAGS, f"-DCLARA_CPU_ISA={name}", *flags]
-    nvcc = [cuda.nvcc, "-ccbin", plan.compiler[0], *built, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC"]
+    nvcc = [*cuda.nvcc, *built, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC"]
     nvcc += ["--threads=2", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs)]
     nvcc += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in cuda.archs[-1:]]  # for GPUs to come
     for source in sorted(SOURCES.glob("cuda/*.cu" if plan.cuda else "cuda/*.cpp")):
@@ -203,8 +206,7 @@ def link_command(plan: Plan, exports: Path) -> list[str]:
     linker = f"--gc-sections,--version-script={exports},--as-needed"
     if plan.cuda is None:
         return [*plan.compiler, "-shared", "-static-libstdc++", f"-Wl,{linker}"]
-    host = ["-ccbin", plan.compiler[0], "-Xcompiler=-static-libstdc++", f"-Xlinker={linker}"]
-    return [plan.cuda.nvcc, "-shared", "-cudart=static", *host]
+    return [*plan.cuda.nvcc, "-shared", "-cudart=static", "-Xcompiler=-static-libstdc++", f"-Xlinker={linker}"]
 
 
 def ninja_file(plan: Plan, version: str, target: Path, folder: Path) -> str:

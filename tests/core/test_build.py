@@ -190,15 +190,15 @@ class TestToolkit:
         monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
         names = load_setup()
         plan = names.make_plan()
-        assert plan.cuda.nvcc == str(tmp_path / "path" / "nvcc")
-        assert names.link_command(plan, tmp_path / "exports")[0] == plan.cuda.nvcc
+        assert plan.cuda.nvcc[0] == str(tmp_path / "path" / "nvcc")
+        assert names.link_command(plan, tmp_path / "exports")[0] == plan.cuda.nvcc[0]
 
     def test_cuda_home_wins(
         self, load_setup: Any, fake_toolkit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         home = fake_toolkit()
         monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
-        assert load_setup(CUDA_HOME=str(home)).make_plan().cuda.nvcc == str(home / "bin" / "nvcc")
+        assert load_setup(CUDA_HOME=str(home)).make_plan().cuda.nvcc[0] == str(home / "bin" / "nvcc")
 
     def test_an_old_toolkit_is_refused(self, load_setup: Any, fake_toolkit: Any) -> None:
         home = str(fake_toolkit(version="12.3"))
@@ -243,7 +243,18 @@ class TestToolkit:
         home = str(fake_toolkit())
         assert load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="8.0;90").make_plan().cuda.archs == ["80", "90"]
         with pytest.raises(SystemExit, match="does not know 61; it knows 75, 80, 90, 120"):
-            load_setup(CLARA_BUILD="cuda", CUDA_HOME=home, CLARA_CUDA_ARCHS="61").make_plan()
+            load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="61").make_plan()
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+    def test_of_a_command_of_several_words_nvcc_gets_the_compiler(self, load_setup: Any, fake_toolkit: Any) -> None:
+        """A launcher before it, as ccache, or flags behind it: nvcc's -ccbin takes one word."""
+        names = load_setup(CUDA_HOME=str(fake_toolkit()), CXX="env g++ -pipe -isystem /usr/include", CLARA_BUILD="cuda")
+        plan = names.make_plan()
+        commands = {source.suffix: command for _, source, command in names.compilations(plan, "9.9")}
+        assert commands[".cpp"][:3] == ["env", "g++", "-pipe"]
+        assert commands[".cu"][1:3] == ["-ccbin", "g++"]
+        link = names.link_command(plan, Path("exports"))
+        assert link[link.index("-ccbin") + 1] == "g++"
 
 
 # --- the module ------------------------------------------------------------------------------------------------------
