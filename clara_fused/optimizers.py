@@ -379,7 +379,7 @@ class AdamClara(Constructor, Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer or its version 1, of ``torch.optim.Adam``/``AdamW`` or of apex FusedAdam.
+        """Load a state dict of this optimizer, of ``torch.optim.Adam`` or ``AdamW``, or of apex FusedAdam.
 
         Dtypes are kept bit for bit; tensors are copied, also when ``state_dict`` holds the live ones of another
         optimizer. What another Adam lacks starts fresh: ``path`` at zeros, ``lr_scale`` at 1 (or a number given as

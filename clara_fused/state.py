@@ -330,7 +330,7 @@ def _shielded(value: Any, is_own: bool) -> Any:
 
 # Entries of param groups that other optimizers write into checkpoints: torch's switches, apex's count of steps.
 _FOREIGN = ("foreach", "capturable", "differentiable", "fused", "bias_correction", "step")
-# Of version 1 of these optimizers, whose rule was another one: the numbers of its rule mean nothing here.
+# Of version 1, the unreleased prototype, whose rule was another one: the numbers of its rule mean nothing here.
 _VERSION_1 = ("deferred", "path_dtype", "accumulate")
 _RULE_OF_VERSION_1 = ("smoothing", "damping", "reference", "clip", "lr_smoothing", "initial_scale", "scale_bounds")
 

@@ -71,7 +71,6 @@ class BuildInfo(TypedDict):
     cpu_instruction_sets: list[str]
     cpu_instruction_set: str
     cpu_threads: str
-    compiler: str
     cuda: CudaInfo | None
     why_not_more: str
 

@@ -75,10 +75,10 @@ def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | N
     if device.type == "cpu":
         return None
     if device.type != "cuda":
-        return f"the compiled core has no kernels for {device.type} devices; use fused=None or fused=False there"
+        return f"the compiled core has no kernels for {device.type} devices; use fused=None or fused=False"
     problem = _cuda_problem(device.index or 0)
     if not problem and param_dtype == torch.float64:
-        return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False for them"
+        return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False"
     return problem or None
 
 

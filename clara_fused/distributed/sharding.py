@@ -279,14 +279,13 @@ class RankSums:
         """
         device = self._all_collectives[0].device
         parts = [moved(part, device) for part in (*evidence, *(each.evidence for each in self._absent))]
-        none = torch.zeros(len(adaptation.Evidence._fields), dtype=torch.float64, device=device)
-        if self._total is None:
-            return adaptation.total_evidence(parts) if parts else none
-        if parts and self._collectives:
+        if self._total is not None and parts and self._collectives:
             locations = [location for bucket in buckets for location in bucket.locations]
             locations += [location for tensors in self._absent for location in tensors.locations]
             parts = [torch.cat(parts) * self._shares_of(locations)]
-        own = adaptation.total_evidence(parts) if parts else none
+        own = moved(adaptation.total_evidence(parts), device)  # of no parts zeros, on the CPU
+        if self._total is None:
+            return own
         total = self._received(self._total, *self._send(self._total, own))
         self._watch.raise_or_defer()
         if (total.device.type != "cpu" or total.any()) and self._any_state() is None:

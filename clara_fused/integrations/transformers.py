@@ -1,6 +1,6 @@
 """Hugging Face Trainer: log the learning rates in force and the scales along with the Trainer's own figures.
 
-The Trainer hands its own options to its own optimizers only, so hand them over (docs/distributed.md, "Frameworks"):
+The Trainer hands its own options to its own optimizers only, so hand them over (docs/frameworks/transformers.md):
 
     Trainer(args=args, optimizer_cls_and_kwargs=adam_clara(AdamClaraSmoothed, args), callbacks=[AdamClaraCallback()])
 """

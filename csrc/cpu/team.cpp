@@ -18,13 +18,10 @@ struct OpenMp {
   bool found() const { return parallel != nullptr && thread_num != nullptr && num_threads != nullptr; }
 };
 
+#if defined(__linux__)
 template <typename Function>
 void look_up(void* library, const char* name, Function*& function) {
-#if defined(__linux__)
   function = reinterpret_cast<Function*>(dlsym(library, name));
-#else
-  (void)library, (void)name, function = nullptr;
-#endif
 }
 
 OpenMp functions_of(void* library) {
@@ -36,7 +33,6 @@ OpenMp functions_of(void* library) {
 }
 
 OpenMp find_openmp() {
-#if defined(__linux__)
   // Through torch's own library first: other packages may have brought further OpenMP runtimes into the process.
   if (void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
     const OpenMp openmp = functions_of(torch);
@@ -44,10 +40,10 @@ OpenMp find_openmp() {
     if (openmp.found()) return openmp;
   }
   return functions_of(RTLD_DEFAULT);
-#else
-  return {};
-#endif
 }
+#else
+OpenMp find_openmp() { return {}; }
+#endif
 
 const OpenMp& openmp() {
   static const OpenMp found = find_openmp();

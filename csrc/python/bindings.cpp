@@ -188,7 +188,6 @@ py::dict build_info() {
 #endif
   info["cpu_instruction_set"] = cpu::best_kernels().instruction_set;
   info["cpu_threads"] = cpu::thread_source();
-  info["compiler"] = __VERSION__;
   info["why_not_more"] = CLARA_WHY_NOT_MORE;  // what setup.py did not build, and what to do
   info["cuda"] = py::none();
   if (*cuda::toolkit() != 0) {
