@@ -12,7 +12,7 @@
 #   make test-wheel        a wheel from the sdist, tried in a fresh environment without a compiler
 #   make study     the learning-rate study, hours; stopped at any time, it goes on where it was  (STUDY_ARGS="--help")
 #   make study-quick     a small part of it, minutes
-#   make study-figures   pictures and tables of docs/learning_rate.md, from the study's records
+#   make study-figures   pictures and tables of the docs, from the study's records
 #   make figures   tables and plots of README and docs, from the recorded benchmark results
 #   make demo-figure   docs/images/demo.png, from a fresh demo run
 #   make clean     everything that the targets above wrote, except .venv*

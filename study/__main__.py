@@ -3,7 +3,7 @@
     python -m study run quick            # minutes
     python -m study run                  # hours; stop it at any time, the same command goes on
     python -m study report               # tables, the targets and whether they are met
-    python -m study figures              # pictures and tables of docs/learning_rate.md
+    python -m study figures              # pictures and tables of the docs
     python -m study forget local         # drop the records of an optimizer whose rule has changed
 
 One JSON line per run is appended to study/records/<plan>.jsonl (quick: build/study-quick).
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .report import print_report
 
     if args.command == "figures":
-        write_figures(Study(read_records(args.records)), REPOSITORY / "docs")
+        write_figures(Study(read_records(args.records)), REPOSITORY)
     else:
         print_report(Console(width=None if sys.stdout.isatty() else 200), Study(read_records(args.records)))
 

@@ -1,6 +1,6 @@
-"""Pictures and tables of docs/learning_rate.md, from recorded results alone.
+"""Pictures and tables of docs/learning_rate.md and README.md, from recorded results alone.
 
-What stands between `<!-- study: NAME -->` and `<!-- end of study -->` in the text is generated.
+What stands between `<!-- study: NAME -->` and `<!-- end of study -->` in the texts is generated.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .report import (
     peer_table,
     sampling_table,
     span_table,
+    summary_table,
     target_table,
 )
 from .targets import MAIN
@@ -47,16 +48,18 @@ STYLES = {
 }
 TRAJECTORY_TASKS = ("words", "gpt-text", "conv-digits", "rosenbrock-noise")
 NOT_YET = "*Not yet recorded.*\n"
+TEXTS = ("README.md", "docs/learning_rate.md")
 
 
-def write_figures(study: Study, docs: Path) -> None:
-    """Draws the pictures and renews the tables of docs/learning_rate.md; pictures only of what is recorded."""
+def write_figures(study: Study, repository: Path) -> None:
+    """Draws the pictures and renews the tables of the texts; pictures only of what is recorded."""
+    docs = repository / "docs"
     for name, figure in (("losses", draw_losses(study)), ("trajectories", draw_trajectories(study))):
         if figure is not None:
             figure.savefig(docs / "images" / f"learning_rate_{name}.png", dpi=110)
             plt.close(figure)
-    text = docs / "learning_rate.md"
-    text.write_text(with_tables(text.read_text(encoding="utf-8"), study, docs), encoding="utf-8")
+    for text in (repository / name for name in TEXTS):
+        text.write_text(with_tables(text.read_text(encoding="utf-8"), study, docs), encoding="utf-8")
 
 
 def with_tables(text: str, study: Study, docs: Path) -> str:
@@ -75,6 +78,7 @@ def with_tables(text: str, study: Study, docs: Path) -> str:
 
     tables: dict[str, Callable[[], str]] = {
         "coverage": lambda: coverage(study) if study.cells else NOT_YET,
+        "summary": lambda: markdown(summary_table(study)),
         "targets": lambda: markdown(target_table(study)),
         "sampling": lambda: markdown(sampling_table(study)),
         "long": lambda: markdown(long_table(study)),

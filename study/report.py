@@ -12,7 +12,18 @@ from rich.table import Table as RichTable
 from .contenders import CONTENDERS, OURS
 from .measures import BASELINES, KINDS, Kind, Study, best_single
 from .plans import DECADES
-from .targets import MAIN, ONE_RATE, TARGETS, at_tuned_rate, median, percent
+from .targets import (
+    MAIN,
+    ONE_RATE,
+    TARGETS,
+    WIDE_SPAN,
+    at_tuned_rate,
+    median,
+    near_best,
+    one_rate_regret,
+    percent,
+    wide,
+)
 from .tasks import LONG_TASKS, TASKS
 
 
@@ -56,6 +67,16 @@ def target_table(study: Study) -> Table:
         marks = {True: "✓ ", False: "✗ ", None: ""}
         rows.append([target, *(f"{marks[each.met]}{each.found}" for each in found)])
     return Table("targets, at the defaults", ["target", *map(label, OURS)], rows)
+
+
+def summary_table(study: Study) -> Table:
+    """The study in five lines: from seven decades, and from one rate for all tasks."""
+    wanted = {f"within 10% of tuned Adam from {WIDE_SPAN} of 7 decades, training loss": wide("training")}
+    for kind in KINDS:
+        wanted[f"from 1e-3 within 10% of the better of tuned Adam and AdamW, {kind} loss"] = near_best(kind)
+        wanted[f"median distance to it, {kind} loss"] = one_rate_regret(kind)
+    rows = [[what, *(verdict(study, name).found for name in OURS)] for what, verdict in wanted.items()]
+    return Table("in short", ["tasks", *map(label, OURS)], rows)
 
 
 def one_rate_table(study: Study, kind: Kind) -> Table:

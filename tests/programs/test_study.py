@@ -400,23 +400,28 @@ def test_numbers_as_they_are_shown() -> None:
 
 
 def test_pictures_and_tables_are_made_from_few_records(small_study: measures.Study, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    names = ("coverage", "targets", "sampling", "long", "losses", "one-rate-training", "peers-validation")
+    docs = tmp_path / "docs"
+    (docs / "images").mkdir(parents=True)
+    names = ("coverage", "summary", "targets", "sampling", "long", "losses", "one-rate-training", "peers-validation")
     text = "".join(f"<!-- study: {name} -->\n<!-- end of study -->\n" for name in names)
-    (tmp_path / "learning_rate.md").write_text(text)
+    (docs / "learning_rate.md").write_text(text)
+    (tmp_path / "README.md").write_text("<!-- study: summary -->\n<!-- end of study -->\n")
     figures.write_figures(small_study, tmp_path)
-    written = (tmp_path / "learning_rate.md").read_text()
+    written = (docs / "learning_rate.md").read_text()
+    assert "| tasks |" in (tmp_path / "README.md").read_text()
     assert "](images/learning_rate_losses.png)" in written and "| target |" in written
-    assert (tmp_path / "images" / "learning_rate_trajectories.png").stat().st_size > 5_000
-    assert figures.with_tables(text, NOTHING, tmp_path).count("*Not yet recorded.*") == len(names)
+    assert (docs / "images" / "learning_rate_trajectories.png").stat().st_size > 5_000
+    assert figures.with_tables(text, NOTHING, docs).count("*Not yet recorded.*") == len(names)
     # No table of a header alone.
     part = "<!-- study: long -->\n<!-- end of study -->\n"
-    assert "*Not yet recorded.*" in figures.with_tables(part, measures.Study([record()]), tmp_path)
+    assert "*Not yet recorded.*" in figures.with_tables(part, measures.Study([record()]), docs)
     with pytest.raises(KeyError, match="no-such-table"):
-        figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", small_study, tmp_path)
+        figures.with_tables("<!-- study: no-such-table -->\n<!-- end of study -->", small_study, docs)
 
 
-def test_the_text_shows_the_recorded_results() -> None:
-    docs = program.REPOSITORY / "docs"
-    text = (docs / "learning_rate.md").read_text(encoding="utf-8")
-    assert figures.with_tables(text, measures.Study(runs.read_records(program.RECORDS)), docs) == text
+@pytest.mark.parametrize("name", figures.TEXTS)
+def test_the_text_shows_the_recorded_results(name: str) -> None:
+    text = (program.REPOSITORY / name).read_text(encoding="utf-8")
+    study = measures.Study(runs.read_records(program.RECORDS))
+    assert "<!-- study: " in text
+    assert figures.with_tables(text, study, program.REPOSITORY / "docs") == text
