@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple, overload
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling
 class _InitialScale(NamedTuple):
     """What the first parameter of a group that got a state began with."""
 
-    param: ref[Tensor]
+    param_id: int  # a weak reference would keep Module.to from exchanging the parameter of a sharded model
     scale: float | Tensor
 
 
@@ -173,8 +172,7 @@ class AdamClara(Constructor, Optimizer):
         works = self._prepare(inputs, irregular)
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)  # with what only lacked its state
         if irregular and self.fused:
-            first = irregular[0]
-            raise RuntimeError(f"{tensors.describe(*first, works[first].param)}: fused=True: {_IRREGULAR}")
+            raise RuntimeError(_irregular(irregular[0], works[irregular[0]].param))
         return [*buckets, *torch_backend.buckets_of([works[location] for location in irregular], inputs)]
 
     def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
@@ -203,6 +201,8 @@ class AdamClara(Constructor, Optimizer):
         if self.one_scale:
             _refuse_duplicates(works.values())
         if to_complete:
+            if self.fused:
+                self._refuse_shared_memory()
             self._scales = {}  # the states that held it may be gone
         for location in to_complete:
             works[location] = works[location]._replace(state=self._create_state(location))
@@ -216,6 +216,11 @@ class AdamClara(Constructor, Optimizer):
             return placement.located(self.param_groups)
         return ((each, self.param_groups[each.group_index]["params"][each.param_index]) for each in locations)
 
+    def _refuse_shared_memory(self) -> None:
+        found = [(location, param) for location, param in self._located(None) if param.grad is not None]
+        for index in tensors.overlapping([param for _, param in found]):
+            raise RuntimeError(_irregular(*found[index]))
+
     def _create_state(self, location: Location) -> dict[str, Any]:
         """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
         group_index, param_index = location
@@ -228,7 +233,7 @@ class AdamClara(Constructor, Optimizer):
         else:
             scale = self._initial_scale(group_index, options)
             if self._known_initial_scale(group) is None:
-                self._initial_scales[id(group)] = _InitialScale(ref(param), scale)
+                self._initial_scales[id(group)] = _InitialScale(id(param), scale)
         state.complete(entry, param, options[group_index], scale, self.process_group is not None)
         if self.one_scale:
             own: Tensor = entry["lr_scale"]
@@ -277,10 +282,10 @@ class AdamClara(Constructor, Optimizer):
     def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
         """What the group began with, as long as it has the parameter that did, and this has its state."""
         known = self._initial_scales.get(id(group))
-        param = None if known is None else known.param()
-        if known is None or param is None or "lr_scale" not in self.state.get(param, {}):
+        if known is None:
             return None
-        return known.scale if any(each is param for each in group["params"]) else None
+        states = (self.state.get(param, {}) for param in group["params"] if id(param) == known.param_id)
+        return known.scale if "lr_scale" in next(states, {}) else None
 
     def _size(self, group_index: int) -> Tensor:
         if self._ranks is not None:
@@ -370,13 +375,14 @@ class AdamClara(Constructor, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; no two entries share memory, so that safetensors takes them."""
-        result = super().state_dict()
-        if self.one_scale:
-            result["state"] = {
-                key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
-                for key, entry in result["state"].items()
-            }
-        return result
+        if not self.one_scale:
+            return super().state_dict()
+        # Before the user's hooks, which may return anything.
+        handle = self.register_state_dict_post_hook(_unshare_the_scale, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, of ``torch.optim.Adam`` or ``AdamW``, or of apex FusedAdam.
@@ -434,7 +440,10 @@ _NO_STATE_IN_A_GRAPH = (
     "one or more steps before the capture"
 )
 
-_IRREGULAR = "the compiled core does not serve parameters that share memory; use fused=None or fused=False"
+
+def _irregular(location: Location, param: Tensor) -> str:
+    problem = "fused=True: the compiled core does not serve parameters that share memory; use fused=None or fused=False"
+    return f"{tensors.describe(*location, param)}: {problem}"
 
 
 def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
@@ -448,6 +457,13 @@ def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
         if first.setdefault(id(param), location) != location:
             where = "param group {}, parameter {}".format(*first[id(param)])
             raise ValueError(f"{tensors.describe(*location, param)} is {where} as well; AdamClaraGlobal takes it once")
+
+
+def _unshare_the_scale(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    state_dict["state"] = {
+        key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
+        for key, entry in state_dict["state"].items()
+    }
 
 
 def _has_scale(entry: object) -> bool:

@@ -192,6 +192,8 @@ def complete(
     Expects `check` to have passed.
     """
     kept = all(name in state for name in ("path", *WALK)) and sample_of_path(param, state["path"]) is not None
+    if kept and state["path"].shape != param.shape and _lies_otherwise(state["exp_avg"], param):
+        kept = False  # a sample in storage order: of other elements now
     if not kept:  # a path and what is expected of it start together
         for name in ("path", *WALK):
             state.pop(name, None)

@@ -324,6 +324,26 @@ def test_channels_last_filters_are_sampled_in_storage_order(variant: str, fused:
     assert optimizer.state[param]["path"].shape == (128, 576 // 16)
 
 
+def test_another_memory_format_begins_the_sample_anew(variant: str, fused: bool) -> None:
+    """Its path is of the same shape, but of other elements."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(128, 64, 3, 3, generator=generator))
+    optimizer = VARIANTS[variant]([param], fused=fused)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param.data = param.data.contiguous(memory_format=layout)
+        param.grad = torch.randn(128, 64, 3, 3, generator=generator).contiguous(memory_format=layout)
+        optimizer.step()
+    # One step's length, as a first one's, and the moments go on.
+    path = optimizer.state[param]["path"]
+    steps = (
+        optimizer.state[param]["exp_avg"]
+        / (1 - 0.9**2)
+        / (optimizer.state[param]["exp_avg_sq"] / (1 - 0.999**2)).sqrt()
+    )
+    expected = (0.05 * 1.95) ** 0.5 * steps.permute(0, 2, 3, 1).reshape(128, -1, 64)[:, :, :4].reshape(path.shape)
+    torch.testing.assert_close(path, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_the_whole_path_of_what_has_other_rows_outermost(variant: str, fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(512, 256, generator=generator).t())

@@ -354,6 +354,16 @@ def test_state_dict_hooks(variant: str, fused: bool) -> None:
     assert seen == ["state_dict pre", "load pre", "load post"]
 
 
+def test_a_state_dict_hook_may_return_anything(variant: str, fused: bool) -> None:
+    source = VARIANTS[variant](parameters(), fused=fused, **LIVELY[variant])
+    source.register_state_dict_post_hook(lambda opt, sd: {"wrapped": sd})
+    train(source, 2)
+    target = VARIANTS[variant](clones(all_params(source)), fused=fused, **LIVELY[variant])
+    target.register_load_state_dict_pre_hook(lambda opt, sd: sd["wrapped"])
+    target.load_state_dict(source.state_dict())
+    assert results(target) == results(source)
+
+
 def test_load_hook_may_replace_the_state_dict(variant: str, fused: bool) -> None:
     source = VARIANTS[variant](parameters(), fused=fused, **LIVELY[variant])
     train(source, 2)

@@ -233,6 +233,38 @@ def test_parameters_that_overlap_in_part(fused: bool | None, variant: str) -> No
     torch.testing.assert_close(memory, -20e-3 * times, rtol=1e-4, atol=0)
 
 
+def test_parameters_that_overlap_are_refused_before_they_have_a_state(variant: str) -> None:
+    memory = torch.zeros(90)
+    params = [torch.nn.Parameter(memory[start : start + 50]) for start in (0, 40)]
+    optimizer = VARIANTS[variant](params, fused=True)
+    set_gradients(params[:1], 0)
+    optimizer.step()  # this one alone is nobody's business
+    set_gradients(params, 1)
+    with pytest.raises(RuntimeError, match="share memory"):
+        optimizer.step()
+    assert list(optimizer.state) == params[:1]
+
+
+@pytest.mark.parametrize("change", ["to", "load_state_dict"])
+def test_modules_may_exchange_their_parameters(change: str, variant: str, fused: bool) -> None:
+    """As `Module.to` does with sharded ones; it cannot where something holds a weak reference to a parameter."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = torch.nn.Linear(4, 3)
+        optimizer = VARIANTS[variant](module.parameters(), fused=fused)
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            if change == "to":
+                module.to(dtype)
+            else:
+                module.load_state_dict(torch.nn.Linear(4, 3).state_dict())
+            train(optimizer, 2)
+            optimizer.zero_grad()
+            assert all(state["exp_avg"].dtype == param.dtype for param, state in optimizer.state.items())
+        assert [int(state["step"]) for state in optimizer.state.values()] == [6, 6]
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_optimizers_in_several_threads(variant: str, fused: bool) -> None:
     """Nothing is shared between optimizers; the core works without the GIL."""
 
