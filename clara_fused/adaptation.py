@@ -50,13 +50,14 @@ def bias_correction(log_beta: float, steps: Tensor) -> Tensor:
 
 class PathSums(NamedTuple):
     """Over the elements of a tensor that have a path, weighted with Adam's denominator d (with 1 under a fixed
-    reference), times numel / (number of those)."""
+    reference), times c = numel / (number of those)."""
 
     path_sq: Tensor  # N
     step_sq: Tensor  # U, of Adam's steps u
     grad_sq: Tensor  # G, of the gradients g~ in units of their own size
     path_before_sq: Tensor  # N', of the path before this step, with the weights of this step
     weight: Tensor  # D, of the weights themselves
+    weight_sq: Tensor  # D2, of their squares; times c^2
     numel: Tensor  # n, of all elements
 
 
@@ -79,7 +80,8 @@ class Evidence(NamedTuple):
     long_walk_sq: Tensor
     step_sq: Tensor  # U
     step_walk_sq: Tensor  # what U is expected to be
-    numel: Tensor  # n
+    weight: Tensor  # D
+    weight_sq: Tensor  # D2
 
 
 def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
 
     Args:
         walks: float32 [n, 4], columns of `Walk`.
-        sums: float64 [n, 6], columns of `PathSums`.
+        sums: float64 [n, 7], columns of `PathSums`.
         steps: float64 [n], number of the step, from 1.
         moves: whether lr is not 0; a bool, or a bool tensor of one element.
 
@@ -127,7 +129,7 @@ def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
-    """Columns of `Evidence`, float64 [n, 6], after `advanced_walks`; arguments as there.
+    """Columns of `Evidence`, float64 [n, 7], after `advanced_walks`; arguments as there.
 
     Zeros, so no vote, where nothing moves or the gradients are all zero.
     """
@@ -136,26 +138,29 @@ def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tenso
     remembered = torch.minimum(s.weight, walk.grad_peak * s.path_sq)
     long_walk_sq = unit_walk(options.beta1, options.smoothing) * remembered
     evidence = torch.stack(
-        Evidence(s.path_sq, walk.path_sq * s.path_sq, long_walk_sq, s.step_sq, step_walk_sq, s.numel), -1
+        Evidence(s.path_sq, walk.path_sq * s.path_sq, long_walk_sq, s.step_sq, step_walk_sq, s.weight, s.weight_sq), -1
     )
     nothing = torch.zeros_like(evidence)
     return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
 
 
-def _with_prior(ratio: Tensor, numel: Tensor, neutral: float) -> Tensor:
+def _with_prior(ratio: Tensor, count: Tensor, neutral: float) -> Tensor:
     """A ratio of sums over few elements says little: as if `neutral` more had shown the expected one."""
-    return (numel * ratio + neutral) / (numel + neutral)
+    return ratio + (1.0 - ratio) * neutral / (count + neutral)
 
 
 def excess(e: Evidence) -> Tensor:
     """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess"."""
+    # So many elements of equal weight would tell as much (Kish's effective sample size): one that outweighs a thousand
+    # others must not speak for them.
+    count = e.weight * e.weight / e.weight_sq
     # Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
-    above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.long_walk_sq), e.numel, 32.0)
+    above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.long_walk_sq), count, 32.0)
     # Short, and more so than the momentum can tell within its few steps.
     ratio = e.path_sq / e.walk_sq
     agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)
     rest = 0.4 * torch.maximum(agreement**4, 0.5 * (1.0 - agreement) ** 4)
-    below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio).clamp(max=0.0)
+    below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, count, 8.0), 1.0 - rest / ratio).clamp(max=0.0)
     return torch.where(above > 1.25, 1.0 - 1.25 / above, below)
 
 
@@ -164,7 +169,7 @@ def adapted_scales(scales: Tensor, evidence: Tensor, options: GroupOptions) -> T
 
     Args:
         scales: mu, float32, any shape.
-        evidence: [..., 6], columns of `Evidence`.
+        evidence: [..., 7], columns of `Evidence`.
 
     Returns:
         the new mu; as it was where adaptation is off, where a sum is not finite, and where nothing has moved.
@@ -173,7 +178,7 @@ def adapted_scales(scales: Tensor, evidence: Tensor, options: GroupOptions) -> T
         return scales
     e = Evidence(*evidence.unbind(-1))
     # As first published, for a fixed expectation of path^2 per element; or the walk's.
-    value = e.path_sq / (e.numel * options.reference) - 1.0 if options.reference else excess(e)
+    value = e.path_sq / (e.weight * options.reference) - 1.0 if options.reference else excess(e)
     factor = torch.exp(options.smoothing / (2.0 * options.damping) * value)
     factor = factor.clamp(options.clip_low, options.clip_high)
     previous, b = scales.to(evidence.dtype), options.lr_smoothing
@@ -196,12 +201,12 @@ def fixed_order_sum(values: Tensor) -> Tensor:
 
 
 def total_evidence(evidence: Sequence[Tensor]) -> Tensor:
-    """Add [n, 6] evidence of all tensors of all buckets, on the first accelerator among their devices.
+    """Add [n, 7] evidence of all tensors of all buckets, on the first accelerator among their devices.
 
     Sorted first, so that the result does not depend on the order of the parameters.
 
     Returns:
-        [6], columns of `Evidence`.
+        [7], columns of `Evidence`.
     """
     if not evidence:
         return torch.zeros(len(Evidence._fields), dtype=torch.float64, device="cpu")

@@ -218,7 +218,7 @@ class TorchBucket:
     # --- measure ---
 
     def _measure_unit(self, blocks: list[_Block], coefficients: _Coefficients) -> Tensor:
-        """The columns of `adaptation.PathSums` but the last, [5, tensors of the unit]."""
+        """The columns of `adaptation.PathSums` but the last, [6, tensors of the unit]."""
         parts = [self._measure_block(block, coefficients) for block in blocks]
         if len(parts) == 1:
             return parts[0]
@@ -240,13 +240,16 @@ class TorchBucket:
             weight = denominator.nan_to_num(nan=math.nan, posinf=0.0)
         sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
         self._store(path, block.paths, self._undo)
-        return sums * (sample.run / sample.kept)
+        share = sample.kept / sample.run
+        sums /= share
+        sums[-1] /= share
+        return sums
 
     def _sums_of_squares(self, arrays: Sequence[Tensor], weight: Tensor | None) -> Tensor:
-        """Sums of squares of arrays [rows, elements], and of their weights; None: all count alike.
+        """Sums of squares of arrays [rows, elements], of their weights and of these' squares; None: all count alike.
 
         Returns:
-            float64 [number of arrays + 1, rows]; bitwise the same for any number of threads.
+            float64 [number of arrays + 2, rows]; bitwise the same for any number of threads.
         """
         count, numel = arrays[0].shape
         padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
@@ -256,12 +259,16 @@ class TorchBucket:
             if weight is not None:
                 term.mul_(weight)
         terms[-1, :, :numel] = 1.0 if weight is None else weight
-        if numel == 0:
-            return terms.sum(-1, dtype=adaptation.scalar_dtype(self.device))
         if padded != numel:
             terms[:, :, numel:] = 0.0
+        return torch.cat([self._row_sums(terms), self._row_sums(terms[-1:].square_())])
+
+    def _row_sums(self, terms: Tensor) -> Tensor:
+        """Sums over the last dimension, of at most `_SUM_BLOCK` elements or a multiple of it."""
+        if terms.shape[-1] == 0:
+            return terms.sum(-1, dtype=adaptation.scalar_dtype(self.device))
         # Rows of a bounded length, which PyTorch does not split over threads; then rows of doubles.
-        blocks = terms.view(len(arrays) + 1, count, -1, min(padded, _SUM_BLOCK)).sum(-1)
+        blocks = terms.view(*terms.shape[:-1], -1, min(terms.shape[-1], _SUM_BLOCK)).sum(-1)
         return blocks.to(adaptation.scalar_dtype(self.device)).sum(-1)
 
     def _extended_path(self, before: Tensor, step: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ CLARA_HD V extended_path(V path, V step, const MeasureCoefficients<T>& c) {
 // `grad` is the effective gradient.
 template <typename V>
 struct ElementSums {
-  V path_sq, step_sq, grad_sq, path_before_sq, weight;
+  V path_sq, step_sq, grad_sq, path_before_sq, weight, weight_sq;
 };
 
 template <typename V, typename W>
@@ -188,6 +188,7 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
   sums.grad_sq += more.grad_sq;
   sums.path_before_sq += more.path_before_sq;
   sums.weight += more.weight;
+  sums.weight_sq += more.weight_sq;
 }
 
 template <typename V, typename T>
@@ -195,8 +196,12 @@ CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d,
   // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.
   const V weight = c.in_adams_metric ? (d == V{} + T(INFINITY) ? V{} : d) : V{} + T(1);
   const V unit_grad = grad / d;
-  return {weight * path * path, weight * step * step, weight * unit_grad * unit_grad,
-          weight * path_before * path_before, weight};
+  return {weight * path * path,
+          weight * step * step,
+          weight * unit_grad * unit_grad,
+          weight * path_before * path_before,
+          weight,
+          weight * weight};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d,
 // evidence also over tensors, which is all that AdamClaraGlobal adds to the others.
 // ---------------------------------------------------------------------------------------------------------------
 
-// Over the elements of a tensor that have a path, times numel / (number of those). Squares are weighted with d: lengths
+// Over the elements of a tensor that have a path, times c = numel / (number of those). Squares are weighted with d: lengths
 // in the metric in which Adam's step is the steepest descent, so that an element counts as much as it matters for the
 // loss, and rows of words that do not occur cannot outvote those that do.
 struct PathSums {
@@ -213,6 +218,7 @@ struct PathSums {
   double grad_sq;         // G, of the gradients g~
   double path_before_sq;  // N', of the path before this step, with the weights of this step
   double weight;          // D, of the weights themselves
+  double weight_sq;       // D2, of their squares; times c^2
   double numel;           // n, of all elements
 };
 
@@ -237,9 +243,10 @@ struct Evidence {
                         // late (M) if that is less
   double step_sq;       // U
   double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
-  double numel;         // n
+  double weight;        // D
+  double weight_sq;     // D2
 };
-constexpr int kEvidence = 6;
+constexpr int kEvidence = 7;
 
 CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
 CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
@@ -282,37 +289,46 @@ CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const
   const double bias1 = bias_correction<double>(options.log_beta1, step);
   const double unit = sums.path_sq;  // of the walk's scalars
   const double remembered = smaller(sums.weight, walk.grad_peak * unit);
-  return {sums.path_sq, walk.path_sq * unit,                     unit_walk(options) * remembered,
-          sums.step_sq, walk.moment_sq * unit / (bias1 * bias1), sums.numel};
+  return {sums.path_sq,
+          walk.path_sq * unit,
+          unit_walk(options) * remembered,
+          sums.step_sq,
+          walk.moment_sq * unit / (bias1 * bias1),
+          sums.weight,
+          sums.weight_sq};
 }
 
 // A ratio of sums over few elements says little: as if `neutral` more had shown the expected one.
-CLARA_HD double with_prior(double ratio, double numel, double neutral) {
-  return (numel * ratio + neutral) / (numel + neutral);
+CLARA_HD double with_prior(double ratio, double count, double neutral) {
+  return ratio + (1.0 - ratio) * neutral / (count + neutral);
 }
 
 CLARA_HD double fourth_power(double x) { return x * x * x * x; }
 
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
 CLARA_HD double excess(const Evidence& e) {
+  // So many elements of equal weight would tell as much (Kish's effective sample size): one that outweighs a thousand
+  // others must not speak for them.
+  const double count = e.weight * e.weight / e.weight_sq;
   // Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
-  const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), e.numel, 32.0);
+  const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), count, 32.0);
   if (above > 1.25) return 1.0 - 1.25 / above;
   // Short, and more so than the momentum can tell within its few steps: what cancels that fast are fast modes, which do
   // not grow worse with time; unless they leave nothing at all.
   const double ratio = e.path_sq / e.walk_sq;
   const double agreement = smaller(e.step_sq / e.step_walk_sq, 1.0);
   const double rest = 0.4 * larger(fourth_power(agreement), 0.5 * fourth_power(1.0 - agreement));
-  const double below = larger(1.0 - 0.5 / with_prior(ratio, e.numel, 8.0), 1.0 - rest / ratio);
+  const double below = larger(1.0 - 0.5 / with_prior(ratio, count, 8.0), 1.0 - rest / ratio);
   return below < 0.0 ? below : 0.0 * below;  // not a number stays none
 }
 
 // The rule as first published, for a fixed expectation of path^2 per element.
-CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path_sq / (e.numel * reference) - 1.0; }
+CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path_sq / (e.weight * reference) - 1.0; }
 
 // The next mu. It stays where adaptation is off, where a sum is not finite, and where nothing has moved.
 CLARA_HD float adapted_scale(float scale, const Evidence& e, const GroupOptions& options) {
-  const bool known = is_finite(e.path_sq + e.walk_sq + e.long_walk_sq + e.step_sq + e.step_walk_sq);
+  const bool known =
+      is_finite(e.path_sq + e.walk_sq + e.long_walk_sq + e.step_sq + e.step_walk_sq + e.weight + e.weight_sq);
   const double value = options.reference != 0.0 ? excess_over(options.reference, e) : excess(e);
   if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !known || !is_finite(value)) return scale;
   double factor = std::exp(options.smoothing / (2.0 * options.damping) * value);

@@ -62,9 +62,14 @@ CLARA_HD void set_walk(const TensorRecord& tensor, const WalkState& walk) {
 
 // What the sums over the elements that have a path say of all elements.
 CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<double>& sampled) {
-  const double weight = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
-  return {weight * sampled.path_sq,        weight * sampled.step_sq, weight * sampled.grad_sq,
-          weight * sampled.path_before_sq, weight * sampled.weight,  static_cast<double>(tensor.numel)};
+  const double c = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
+  return {c * sampled.path_sq,
+          c * sampled.step_sq,
+          c * sampled.grad_sq,
+          c * sampled.path_before_sq,
+          c * sampled.weight,
+          c * c * sampled.weight_sq,
+          static_cast<double>(tensor.numel)};
 }
 
 struct TensorList {

@@ -54,6 +54,7 @@ class Case:
     element_share: float = 1.0  # of the steps in which an element has a gradient
     tensor_every: int = 1  # a tensor has a gradient in one of so many steps, zeros in the others
     at_random: bool = False  # ... at random instead of regularly
+    inequality: float = 0.0  # standard deviation of the logarithm of the elements' sizes, which stay
     growth: float = 0.0  # of the logarithm of the noise's size, a step
     gap: range = range(0)  # steps of zero gradients
     adam_steps: int = 0  # of a torch.optim.Adam whose state is loaded first
@@ -70,6 +71,8 @@ class Case:
         if not has_one or step in self.gap:
             return torch.zeros(self.numel, dtype=self.dtype)
         values = pool(self.noise, self.dtype, self.element_share, self.pool_size)[offset : offset + self.numel]
+        if self.inequality:
+            values = values * sizes(self.numel, self.inequality, seed)
         return values * math.exp(self.growth * step) if self.growth else values
 
     @property
@@ -89,6 +92,11 @@ def pool(noise: str, dtype: torch.dtype, share: float, size: int) -> torch.Tenso
     return values.to(dtype)
 
 
+@cache
+def sizes(numel: int, inequality: float, seed: int) -> torch.Tensor:
+    return torch.exp(inequality * torch.randn(numel, generator=torch.Generator().manual_seed(seed)))
+
+
 def conditions() -> list[Case]:
     large = 65_536
     cases = [Case(f"{n} elements", "few", n) for n in (1, 4, 16, 64)]
@@ -98,6 +106,10 @@ def conditions() -> list[Case]:
         Case("bfloat16", "dense", dtype=torch.bfloat16),
         Case("shrinking", "dense", growth=-1 / 150),
         Case("growing", "dense", growth=1 / 150),
+    ]
+    cases += [
+        Case(f"{n} elements, unequal e^{spread}", "unequal", n, NEARLY_NEUTRAL, inequality=spread)
+        for n, spread in ((1, 3), (16, 1), (64, 1), (256, 2), (1024, 2), (1024, 3))
     ]
     cases += [
         Case(f"betas {beta1}, {beta2}", "betas", betas=(beta1, beta2))

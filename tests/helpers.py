@@ -407,7 +407,7 @@ class StepCheck:
         bounds = extended_path(opt, before, u)
         self._check_inside(path, bounds, f"{old.where}: path", order)
         stored = Interval.exact(flat_array(path, order), old.unit)
-        sums = sums_of(opt, sample, before, stored, unit_grad, u, d, old.theta.size)
+        sums = sums_of(opt, sample, before, stored, unit_grad, u, d)
         walk = old.walk.advanced(opt, old.step + 1, sums)
         kept = []
         for key, bounds in zip(WALK, walk_values(walk), strict=True):

@@ -344,7 +344,7 @@ class Sums:
     grad_sq: Number  # G
     path_before_sq: Number  # N', of the path before the step
     weight: Number  # D
-    numel: int  # n
+    weight_sq: Number  # D2
 
 
 def sums_of(
@@ -355,7 +355,6 @@ def sums_of(
     unit_grad: Number,
     u: Number,
     d: Number,
-    numel: int,
 ) -> Sums:
     """Of the elements that have a path, each weighted with d (not under a fixed reference), scaled to all."""
 
@@ -364,7 +363,8 @@ def sums_of(
     def length(x: Number) -> Number:
         return total(square(x) * weight) * sample.weight
 
-    return Sums(length(path), length(u), length(unit_grad), length(path_before), total(weight) * sample.weight, numel)
+    weights = total(weight) * sample.weight, total(square(weight)) * sample.weight**2
+    return Sums(length(path), length(u), length(unit_grad), length(path_before), *weights)
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,8 @@ class Evidence:
     long_walk_sq: Number = 0.0  # P of a walk of gradients as long as remembered
     step_sq: Number = 0.0  # U
     step_walk_sq: Number = 0.0  # what U is expected to be
-    numel: int = 0  # n
+    weight: Number = 0.0  # D
+    weight_sq: Number = 0.0  # D2
 
     @classmethod
     def of(cls, options: Options, step: int, sums: Sums, walk: Walk) -> Evidence:
@@ -421,7 +422,8 @@ class Evidence:
             * ((1 - beta1) / (1 + beta1) * (1 + correlation) / (1 - correlation)),
             sums.step_sq,
             walk.moment_sq * sums.path_sq / bias1**2,
-            sums.numel,
+            sums.weight,
+            sums.weight_sq,
         )
 
     def __add__(self, other: Evidence) -> Evidence:
@@ -437,13 +439,14 @@ class Evidence:
 
 def excess(e: Evidence) -> float:
     """How much longer the path is than a random walk's; of floats."""
-    above = (e.numel * e.path_sq / max(e.walk_sq, e.long_walk_sq) + 32) / (e.numel + 32)
+    count = e.weight**2 / e.weight_sq  # of elements that had as much to say, were their weights equal
+    above = (count * e.path_sq / max(e.walk_sq, e.long_walk_sq) + 32) / (count + 32)
     if above > 1.25:
         return 1 - 1.25 / above
     r = e.path_sq / e.walk_sq
     agreement = min(e.step_sq / e.step_walk_sq, 1.0)
     rest = 0.4 * max(agreement**4, (1 - agreement) ** 4 / 2)
-    r_with_prior = (e.numel * r + 8) / (e.numel + 8)
+    r_with_prior = (count * r + 8) / (count + 8)
     return min(0.0, max(1 - 0.5 / r_with_prior, 1 - rest / r))
 
 
@@ -455,7 +458,7 @@ def next_scale(options: Options, scale: float, e: Evidence) -> float:
         if options.reference == "random_walk":
             value = excess(e)
         else:
-            value = e.path_sq / (e.numel * float(options.reference)) - 1
+            value = e.path_sq / (e.weight * float(options.reference)) - 1
     except (ZeroDivisionError, ValueError, OverflowError):
         return scale
     if not math.isfinite(value):
@@ -548,7 +551,7 @@ class TensorState:
             self.v_max = round_to(kept, new.v_max)
         unit_grad, u, d = (part.reshape(self.path.shape) for part in new.of(self.sample))
         before, self.path = self.path, round_to(kept, extended_path(options, self.path, u))
-        sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d, self.theta.size)
+        sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d)
         walk = self.walk.advanced(options, self.step, sums)
         rounded = [float(np.float32(x)) for x in (walk.moment_sq, walk.path_moment, walk.path_sq, walk.grad_peak)]
         if all(map(math.isfinite, rounded)):

@@ -272,7 +272,7 @@ class RankSums:
         ]
 
     def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
-        """Evidence of all tensors on all ranks, float64 [6] (AdamClaraGlobal); all ranks call this after `whole_sums`.
+        """Evidence of all tensors on all ranks, float64 [7] (AdamClaraGlobal); all ranks call this after `whole_sums`.
 
         Raises:
             RanksDisagreeError: as `whole_sums`.

@@ -41,8 +41,8 @@ __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_
       largest[column] = Maximum{}(magnitude, largest[column]);
     }
   }
-  block_reduce(largest, Maximum{});
   block_reduce(not_finite, Maximum{});
+  block_reduce(largest, Maximum{});  // last: in the other order ptxas spills a register (sm_120, CUDA 13.0)
   double scale[kEvidence];
 #pragma unroll
   for (int column = 0; column < kEvidence; ++column) scale[column] = fixed_point_scale(largest[column], count);
@@ -60,7 +60,7 @@ __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_
   for (int column = 0; column < kEvidence; ++column) {
     total[column] = not_finite[column] ? nan("") : from_fixed_point(totals[column], scale[column]);
   }
-  return {total[0], total[1], total[2], total[3], total[4], total[5]};
+  return {total[0], total[1], total[2], total[3], total[4], total[5], total[6]};
 }
 
 // Whether this block is the last of `count` to come here, and so sees what all others wrote before they did. The next
@@ -97,11 +97,12 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
     total[2] += static_cast<double>(part.grad_sq);
     total[3] += static_cast<double>(part.path_before_sq);
     total[4] += static_cast<double>(part.weight);
+    total[5] += static_cast<double>(part.weight_sq);
   }
   block_reduce(total, Sum{});
 
   if (threadIdx.x == 0) {
-    const PathSums sums = sums_of_all(record, {total[0], total[1], total[2], total[3], total[4]});
+    const PathSums sums = sums_of_all(record, {total[0], total[1], total[2], total[3], total[4], total[5]});
     if (arguments.after == After::kNothing) {
       arguments.sums[tensor] = sums;
     } else {

@@ -225,7 +225,9 @@ struct Model {
       cpu::advance(list, sums.data(), evidence.data(), where);
       if (c.one_scale) {
         Evidence total{};
-        for (const Evidence& e : evidence) total.path_sq += e.path_sq, total.numel += e.numel;
+        for (const Evidence& e : evidence) {
+          total.path_sq += e.path_sq, total.weight += e.weight, total.weight_sq += e.weight_sq;
+        }
         cpu::rescale(list, &total, where);
       } else {
         cpu::rescale(list, evidence.data(), where);
@@ -293,7 +295,9 @@ void check_step(const Model& before, const Model& after) {
     if (!close(sums.path_before_sq, weight * path_before_sq, 1e-5)) {
       return wrong("path_before_sq", sums.path_before_sq, weight * path_before_sq);
     }
-    expect(sums.numel == static_cast<double>(size.numel), where + "numel");
+    const double all = static_cast<double>(size.numel);
+    expect(close(sums.weight, all, 1e-12) && close(sums.weight_sq, weight * all, 1e-12), where + "weights of 1");
+    expect(sums.numel == all, where + "numel");
 
     // The walk: V, C, P in units of N.
     const std::vector<float>& walk = before.walks[t];
@@ -382,7 +386,7 @@ void check_metric() {
     after.run(1, 2, false);
     for (size_t t = 0; t < before.sizes.size(); ++t) {
       const Size& size = before.sizes[t];
-      PathSums expected{0, 0, 0, 0, 0, static_cast<double>(size.numel)};
+      PathSums expected{0, 0, 0, 0, 0, 0, static_cast<double>(size.numel)};
       for (int64_t p = 0; p < size.path_numel(); ++p) {
         const int64_t i = size.element_of(p);
         const double all = static_cast<double>(size.run) / size.kept;
@@ -393,10 +397,12 @@ void check_metric() {
         expected.grad_sq += all * grad * grad / d;
         expected.path_before_sq += all * d * before.paths[t].at(p) * before.paths[t].at(p);
         expected.weight += all * d;
+        expected.weight_sq += all * d * all * d;
       }
       const PathSums& sums = after.sums[t];
       expect(close(sums.path_sq, expected.path_sq, 1e-5) && close(sums.step_sq, expected.step_sq, 1e-5) &&
                  close(sums.grad_sq, expected.grad_sq, 1e-5) && close(sums.weight, expected.weight, 1e-5) &&
+                 close(sums.weight_sq, expected.weight_sq, 1e-5) &&
                  close(sums.path_before_sq, expected.path_before_sq, 1e-5) && sums.numel == expected.numel,
              std::string(name_of(dtype)) + ": sums in Adam's metric of tensor " + std::to_string(t));
     }

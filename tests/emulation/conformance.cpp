@@ -251,7 +251,7 @@ class Optimizer {
     const auto offsets = clara::cuda::layout(list_);
     const auto* parts = reinterpret_cast<const ElementSums<float>*>(memory_.data() + offsets.partial_sums);
     const Size& size = tensors_[i]->size;
-    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
+    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
     const double weight = static_cast<double>(size.run) / size.kept;
     const int64_t first = records_[row].first_path_chunk;
     for (int64_t chunk = first; chunk * kPathChunk < first * kPathChunk + size.path_numel(); ++chunk) {
@@ -260,6 +260,7 @@ class Optimizer {
       sums.grad_sq += weight * parts[chunk].grad_sq;
       sums.path_before_sq += weight * parts[chunk].path_before_sq;
       sums.weight += weight * parts[chunk].weight;
+      sums.weight_sq += weight * weight * parts[chunk].weight_sq;
     }
     return sums;
   }
@@ -437,6 +438,7 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
       to.grad_sq += factor * of_element.grad_sq;
       to.path_before_sq += factor * of_element.path_before_sq;
       to.weight += factor * of_element.weight;
+      to.weight_sq += factor * weight * of_element.weight_sq;
     };
     add(want, clara::element_sums(path_before, path, e.u, e.grad, e.d, coefficients), weight);
     const double path_bound = std::max(std::fabs(path_before), std::fabs(path));
@@ -448,6 +450,7 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
   require_close(sums.grad_sq, want.grad_sq, tolerance.grad_sq, {index}, "grad_sq");
   require_close(sums.path_before_sq, want.path_before_sq, tolerance.path_before_sq, {index}, "path_before_sq");
   require_close(sums.weight, want.weight, tolerance.weight, {index}, "weight");
+  require_close(sums.weight_sq, want.weight_sq, tolerance.weight_sq, {index}, "weight_sq");
   REQUIRE(sums.numel == static_cast<double>(after.size.numel));
 }
 
@@ -637,7 +640,7 @@ void infinite_gradients_change_nothing() {
     Optimizer optimizer(setup);
     const auto& list = optimizer.list();
     std::vector<PathSums> sums(setup.sizes.size());
-    std::vector<Evidence> evidence(setup.sizes.size(), Evidence{1.0, 2.0, 1.0, 1.0, 1.0, 1.0});
+    std::vector<Evidence> evidence(setup.sizes.size(), Evidence{1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0});
     require_unchanged_by(optimizer, [&] { clara::cuda::step(list, optimizer.placement()); });
     require_unchanged_by(optimizer, [&] {
       clara::cuda::measure(list, sums.data(), optimizer.placement());
