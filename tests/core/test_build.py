@@ -246,14 +246,16 @@ class TestToolkit:
             load_setup(CUDA_HOME=home, CLARA_CUDA_ARCHS="61").make_plan()
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-    def test_of_a_command_of_several_words_nvcc_gets_the_compiler(self, load_setup: Any, fake_toolkit: Any) -> None:
+    def test_of_a_command_of_several_words_nvcc_gets_the_compiler(
+        self, load_setup: Any, fake_toolkit: Any, tmp_path: Path
+    ) -> None:
         """A launcher before it, as ccache, or flags behind it: nvcc's -ccbin takes one word."""
         names = load_setup(CUDA_HOME=str(fake_toolkit()), CXX="env g++ -pipe -isystem /usr/include", CLARA_BUILD="cuda")
         plan = names.make_plan()
         commands = {source.suffix: command for _, source, command in names.compilations(plan, "9.9")}
         assert commands[".cpp"][:3] == ["env", "g++", "-pipe"]
         assert commands[".cu"][1:3] == ["-ccbin", "g++"]
-        link = names.link_command(plan, Path("exports"))
+        link = names.link_command(plan, tmp_path / "exports")
         assert link[link.index("-ccbin") + 1] == "g++"
 
 
