@@ -553,6 +553,18 @@ def test_the_reason_why_a_device_or_dtype_is_not_served(
         assert status is not None and reason in status
 
 
+@pytest.mark.usefixtures("fresh_core_status")
+@pytest.mark.parametrize("device", ["meta", "cuda"])  # without kernels, and with a core that has none of this dtype
+def test_an_error_says_once_what_to_do(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.importlib, "import_module", lambda *_: _CudaCore(""))
+    problem = loading.core_status(device, torch.float64)
+    monkeypatch.setattr(loading, "core_status", lambda *_: problem)
+    param = torch.empty(3, dtype=torch.float64, device="meta")
+    with pytest.raises(RuntimeError, match="fused=True") as error:
+        loading.require(param, param, 0, 0)
+    assert str(error.value).count("use fused=None or fused=False") == 1
+
+
 @pytest.mark.skipif(not core_available(), reason="needs the compiled core")
 def test_a_core_without_cuda_says_so() -> None:
     if loading.core_or_warning().build_info()["cuda"] is not None:
