@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from harness.tables import loss_text
 RATES = (1e-5, 1e-3, 1e-1)
 WARM_UP_SHARE = 0.05
 VALIDATION_BATCHES = 20
+STEPS_BEFORE_CAPTURE = 3
 CURVE_POINTS = 200
 
 
@@ -82,7 +84,7 @@ class Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
         starts = torch.randint(len(self.tokens) - self.context - 1, (self.batch, 1), generator=generator)
-        places = (starts + torch.arange(self.context + 1)).to(self.tokens.device)
+        places = starts.to(self.tokens.device) + torch.arange(self.context + 1, device=self.tokens.device)
         pieces = self.tokens[places].long()
         return pieces[:, :-1], pieces[:, 1:]
 
@@ -150,20 +152,20 @@ def cosine(step: int, steps: int) -> float:
 @dataclass(frozen=True)
 class Contender:
     label: str
-    build: Callable[[Any, float, torch.device], torch.optim.Optimizer]
+    build: Callable[[Any, Tensor], torch.optim.Optimizer]
     schedule: Schedule = constant
 
 
+def torch_adam(optimizer_class: type[torch.optim.Adam], params: Any, lr: Tensor, **options: Any) -> torch.optim.Adam:
+    return optimizer_class(params, lr=lr, fused=True, capturable=lr.is_cuda, **options)
+
+
 CONTENDERS = {
-    "global": Contender("AdamClara Global", lambda params, lr, _: clara_fused.AdamClaraGlobal(params, lr=lr)),
-    "local": Contender("AdamClara Local", lambda params, lr, _: clara_fused.AdamClaraLocal(params, lr=lr)),
-    "smoothed": Contender("AdamClara Smoothed", lambda params, lr, _: clara_fused.AdamClaraSmoothed(params, lr=lr)),
-    "adam": Contender("torch Adam", lambda params, lr, _: torch.optim.Adam(params, lr=lr, fused=True)),
-    "adamw-cosine": Contender(
-        "torch AdamW, cosine",
-        lambda params, lr, _: torch.optim.AdamW(params, lr=lr, weight_decay=0.1, fused=True),
-        cosine,
-    ),
+    "global": Contender("AdamClara Global", lambda params, lr: clara_fused.AdamClaraGlobal(params, lr=lr)),
+    "local": Contender("AdamClara Local", lambda params, lr: clara_fused.AdamClaraLocal(params, lr=lr)),
+    "smoothed": Contender("AdamClara Smoothed", lambda params, lr: clara_fused.AdamClaraSmoothed(params, lr=lr)),
+    "adam": Contender("torch Adam", partial(torch_adam, torch.optim.Adam)),
+    "adamw-cosine": Contender("torch AdamW, cosine", partial(torch_adam, torch.optim.AdamW, weight_decay=0.1), cosine),
 }
 
 
@@ -171,7 +173,10 @@ CONTENDERS = {
 
 
 class Run:
-    """One optimizer from one rate."""
+    """One optimizer from one rate.
+
+    On a GPU its steps, but for the first ones, are replays of a CUDA graph: the device would wait for the host else.
+    """
 
     def __init__(self, args: argparse.Namespace, contender: Contender, rate: float, device: torch.device) -> None:
         torch.manual_seed(args.seed)
@@ -180,16 +185,31 @@ class Run:
         if args.precision == "bfloat16":
             self.model.to(torch.bfloat16)
         self.loss_of = torch.compile(self.model) if args.compile else self.model
-        self.optimizer = contender.build(self.model.parameters(), rate, device)
+        self.lr = torch.tensor(rate, device=device)  # a tensor, because a captured step reads its address
+        self.optimizer = contender.build(self.model.parameters(), self.lr)
+        self.steps_taken = 0
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "autocast"):
             return self.loss_of(*batch)
 
     def step(self, batches: Batches, step: int, steps: int) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * self.schedule(step, steps)
-        loss = self.loss(batches.at(step))
+        self.lr.fill_(self.rate * self.schedule(step, steps))
+        batch = batches.at(step)
+        self.steps_taken += 1
+        if self.device.type != "cuda" or self.steps_taken <= STEPS_BEFORE_CAPTURE:
+            return self.step_with(batch)
+        if self.steps_taken == STEPS_BEFORE_CAPTURE + 1:
+            self.batch, self.graph = batch, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.captured_loss = self.step_with(batch)
+        for captured, new in zip(self.batch, batch, strict=True):
+            captured.copy_(new)
+        self.graph.replay()
+        return self.captured_loss
+
+    def step_with(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = self.loss(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -260,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # a graph cannot be captured on the default one
     tokens = tokenize(list(source_text(args.text_bytes)), args.vocabulary)
     held_back = len(tokens) // 20
     text = Batches(tokens[:-held_back].to(device), args.batch, args.context)

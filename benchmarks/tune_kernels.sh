@@ -12,14 +12,14 @@ python=.venv/bin/python
 settings=(
     "default"
     "vectors2 UPDATE_VECTORS=2 UPDATE_THREADS_PER_SM=768"
-    "chunk4096 CHUNK=4096"
+    "chunk2048 CHUNK=2048"
+    "chunk8192 CHUNK=8192"
     "chunk16384 CHUNK=16384"
-    "chunk32768 CHUNK=32768"
     "threads128 THREADS=128"
     "threads512 THREADS=512"
     "update1280 UPDATE_THREADS_PER_SM=1280"
-    "path2048 PATH_CHUNK=2048"
-    "path8192 PATH_CHUNK=8192"
+    "path1024 PATH_CHUNK=1024"
+    "path4096 PATH_CHUNK=4096"
     "measure2 MEASURE_VECTORS=2 MEASURE_THREADS_PER_SM=768"
     "vectors2-threads128 UPDATE_VECTORS=2 UPDATE_THREADS_PER_SM=768 THREADS=128"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -41,9 +42,10 @@ class CpuClock:
 class CudaClock:
     """CUDA events around every step.
 
-    With `flush_cache`, four times the L2 cache is overwritten before each step, outside the events. The step then
-    finds its tensors in memory, as after a backward pass, and the host has time to launch it meanwhile: what is
-    measured is the device's time, plus the waiting for a host that is slower than the device.
+    With `flush_cache`, four times the L2 cache is overwritten before each step, outside the events: the step then finds
+    its tensors in memory, as after a backward pass. As there, the host is ahead of the device when a step begins: one
+    more step, which is not counted, keeps the device busy at first. So what is measured is the device's time, plus the
+    waiting for a host that is slower than the device. The host's own time is cpu_overhead.py's to measure.
     """
 
     min_sample_seconds = 0.005
@@ -54,7 +56,8 @@ class CudaClock:
         self._scratch = torch.zeros(4 * l2_bytes, dtype=torch.uint8, device=device) if flush_cache else None
 
     def seconds_per_step(self, step: Step, steps: int) -> float:
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
+        new_event = partial(torch.cuda.Event, enable_timing=True)
+        events = [(new_event(), new_event()) for _ in range(steps + 1)]
         for start, end in events:
             if self._scratch is not None:
                 self._scratch.zero_()
@@ -62,7 +65,7 @@ class CudaClock:
             step()
             end.record()
         torch.cuda.synchronize(self._device)
-        return sum(start.elapsed_time(end) for start, end in events) / steps / 1e3
+        return sum(start.elapsed_time(end) for start, end in events[1:]) / steps / 1e3
 
 
 def make_clock(device: torch.device, flush_cache: bool = True) -> Clock:

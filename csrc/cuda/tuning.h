@@ -8,10 +8,10 @@
 #define CLARA_CUDA_THREADS 256
 #endif
 #ifndef CLARA_CUDA_CHUNK
-#define CLARA_CUDA_CHUNK 8192
+#define CLARA_CUDA_CHUNK 4096
 #endif
 #ifndef CLARA_CUDA_PATH_CHUNK
-#define CLARA_CUDA_PATH_CHUNK 4096
+#define CLARA_CUDA_PATH_CHUNK 2048
 #endif
 #ifndef CLARA_CUDA_UPDATE_VECTORS
 #define CLARA_CUDA_UPDATE_VECTORS 1
@@ -30,9 +30,9 @@ namespace clara::cuda {
 
 constexpr int kThreads = CLARA_CUDA_THREADS;  // of a block, in every kernel
 
-// Elements per chunk of update, path elements per chunk of measure; see Note [Chunks]. Small enough that a model of a
-// few million elements fills the device, large enough that a block spends its time on elements rather than on looking
-// up its tensor.
+// Elements per chunk of update, path elements per chunk of measure; see Note [Chunks]. Small enough that what the blocks
+// read at one time lies close together in memory (docs/log/gpu.md), large enough that a block spends its time on
+// elements rather than on looking up its tensor.
 constexpr int64_t kChunk = CLARA_CUDA_CHUNK;
 constexpr int64_t kPathChunk = CLARA_CUDA_PATH_CHUNK;
 

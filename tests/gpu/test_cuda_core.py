@@ -30,9 +30,9 @@ from helpers import parameters as cpu_parameters
 
 from clara_fused.adaptation import total_evidence
 
-# Around the vectors of 4, the block's run of 1024 and the chunks of 4096 and 8192 elements that the kernels work in.
-BORDER_SHAPES = [(0,), (), (1,), (3,), (4,), (5, 3), (127,), (1023,), (1024,), (1025,), (4097,), (8191,), (8192,)]
-BORDER_SHAPES += [(8193,), (2, 8192), (16389,), (0, 7)]
+# Around the vectors of 4, the block's run of 1024 and the chunks of 2048 and 4096 elements that the kernels work in.
+BORDER_SHAPES = [(0,), (), (1,), (3,), (4,), (5, 3), (127,), (1023,), (1024,), (1025,), (2047,), (2048,), (2049,)]
+BORDER_SHAPES += [(4095,), (4096,), (4097,), (8193,), (2, 4096), (16389,), (0, 7)]
 # With a sample of their elements: runs of 1024, 64 and 512 elements; and one that is large, but odd.
 SAMPLED_SHAPES = [(65, 1024), (1100, 64), (69_632,), (24, 3, 32, 32), (257, 257)]
 FEW_SHAPES = [(7,), (33, 5), (0,), (8195,), (1100, 64)]
