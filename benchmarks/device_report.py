@@ -21,7 +21,6 @@ from harness.environment import describe_environment
 
 TABLES = (
     ("step_time-cuda.json", tables.step_time_tables),
-    ("step_time-cuda.json", tables.bandwidth_table),
     ("cpu_overhead-cuda.json", tables.overhead_table),
     ("ncu-*.json", tables.traffic_table),
     ("train_gpt-cuda.json", tables.loss_table),

@@ -22,7 +22,7 @@ from harness.memory import give_back_freed_memory, peak_extra_bytes
 from harness.models import DEFAULT_MODELS, MODELS, ModelShapes
 from harness.report import Session, benchmark_parser, checked_choices
 from harness.statistics import all_seconds, measure_interleaved, ratios, summarize
-from harness.tables import Row, bandwidth_table, bytes_text, step_time_tables
+from harness.tables import Row, bytes_text, step_time_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 WARM_UP_STEPS = 2
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in models:
         for dtype in args.dtypes:
             measure(session, model, dtype, memory, bandwidths)
-    return session.finish(step_time_tables, bandwidth_table, bandwidths=bandwidths)
+    return session.finish(step_time_tables, bandwidths=bandwidths)
 
 
 def measure(session: Session, model: ModelShapes, dtype: str, memory: float, bandwidths: list[Row]) -> None:

@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """CLARA_COMMIT, or the checked-out commit, `-dirty` if tracked files were changed; None outside a git checkout."""
     if told := os.environ.get("CLARA_COMMIT"):  # a copy of a checkout may be a checkout of something else
-        return told
+        return told[:12]
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def step_time_tables(document: Document) -> str:
         blocks.append(f"**{dtype}**, time per step and ratio:\n\n" + pivot(rows, "model", description, time_and_ratio))
         large = [row for row in rows if row["elements"] >= 10_000_000 and row["bandwidth_share"]]
         if large:
-            blocks.append("bytes per element, share of the simple loop's bandwidth, memory taken during a step:\n\n"
+            blocks.append("bytes per element, share of the simple loop's bandwidth "
+                          f"({simple_loops(document, dtype)}), memory taken during a step:\n\n"
                           + pivot(large, "model", description, achieved))  # fmt: skip
     return "\n".join(blocks)
 
@@ -119,12 +121,25 @@ def achieved(row: Row) -> str:
     return f"{row['bytes_per_element']:.4g} B, {row['bandwidth_share']['median']:.0%}{memory}"
 
 
-def bandwidth_table(document: Document) -> str:
-    lines = [
-        [row["model"], row["dtype"], *(f"{row[name]['median'] / 1e9:.1f} GB/s" for name in ("copy", "in-place"))]
-        for row in document["bandwidths"]
-    ]
-    return markdown_table(["measured beside", "dtype", "copy", "in-place update"], lines)
+def simple_loops(document: Document, dtype: str) -> str:
+    """What the loops reached that a bandwidth is a share of; beside most models they reach the same."""
+    rows = [row for row in document["bandwidths"] if row["dtype"] == dtype]
+    return ", ".join(
+        f"{name} {median(row[key]['median'] for row in rows) / 1e9:.4g} GB/s"
+        for key, name in (("copy", "copy"), ("in-place", "in-place update"))
+    )
+
+
+def ratio_table(document: Document) -> str:
+    """The ratios alone, for a second processor."""
+
+    def both(row: Row) -> str:
+        found = {each["dtype"]: each["ratio"]["median"] for each in document["results"]
+                 if (each["model"], each["optimizer"]) == (row["model"], row["optimizer"])}  # fmt: skip
+        return ", ".join(f"{ratio:.2f}×" for ratio in found.values())
+
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in document["results"]))
+    return f"{provenance(document)}\n{dtypes}:\n\n{pivot(document['results'], 'model', description, both)}"
 
 
 # --- other measurements ----------------------------------------------------------------------------------------------
@@ -138,6 +153,15 @@ def overhead_table(document: Document) -> str:
     for gradients, what in (("all", "gradients in all tensors"), ("changing", "in another random half at every step")):
         rows = [row for row in document["results"] if row["gradients"] == gradients]
         blocks.append(f"{what}:\n\n" + pivot(rows, "tensors", title, time_and_ratio))
+    blocks.append(f"Fitted line through each row:\n\n{host_costs(document)}")
+    return "\n".join(blocks)
+
+
+def host_cost_table(document: Document) -> str:
+    return f"{provenance(document)}\n{host_costs(document)}"
+
+
+def host_costs(document: Document) -> str:
     costs: dict[str, dict[str, str]] = {}
     for cost in document["costs"]:
         cells = costs.setdefault(cost["label"], {})
@@ -145,9 +169,7 @@ def overhead_table(document: Document) -> str:
         if cost["gradients"] == "all":
             cells["step"] = duration(cost["seconds_per_step"])
     lines = [[label, *(cells.get(key, "–") for key in ("step", "all", "changing"))] for label, cells in costs.items()]
-    blocks.append("Fitted line through each row:\n\n" + markdown_table(
-        ["optimizer", "per step", "per tensor", "per tensor, gradients that come and go"], lines))  # fmt: skip
-    return "\n".join(blocks)
+    return markdown_table(["optimizer", "per step", "per tensor", "per tensor, gradients that come and go"], lines)
 
 
 def state_table(document: Document, dtype: str = "float32") -> str:
@@ -187,8 +209,10 @@ def loss_table(document: Document) -> str:
         return f"from {run['rate']:.0e}"
 
     table = pivot(document["runs"], "rate", title, lambda run: loss_text(run["validation_loss"]))
-    size = f"{document['parameters'] / 1e6:.0f} M parameters"
-    return f"{table}\nValidation loss after {document['steps']} steps, {size}.\n"
+    settings = document["settings"]
+    size = f"{document['parameters'] / 1e6:.0f} M parameters, {settings['precision']}"
+    steps = f"{document['steps']} steps of {settings['batch'] * settings['context']:,} tokens"
+    return f"{table}\nValidation loss after {steps}, {size}. {provenance(document)}"
 
 
 def loss_text(loss: float | None) -> str:

@@ -411,7 +411,7 @@ def marked(*names):
 def test_figures_are_generated_between_their_markers(recorded, tmp_path):
     readme, guide, log = (tmp_path / path for path in ("README.md", "docs/guide.md", "docs/log/old.md"))
     readme.write_text(f"before\n{marked('step-time-float32-cpu')}after\n")
-    guide.write_text(marked("table-step-time-cpu", "step-time-float32-cpu", "table-cpu-overhead-cuda"))
+    guide.write_text(marked("table-step-time-cpu", "step-time-float32-cpu", "table-host-cost-cuda"))
     log.write_text(marked("step-time-float32-cpu"))
     changed = ["README.md", "docs/images/step-time-float32-cpu.png", "docs/guide.md", "docs/log/old.md"]
     assert recorded.update(check=True) == changed
