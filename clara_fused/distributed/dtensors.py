@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether this is a DTensor; does not import what defines them (there can be none before that)."""
+def is_dtensor_type(kind: type) -> bool:
+    """Whether these are DTensors; does not import what defines them (there can be none before that)."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and issubclass(kind, module.DTensor)
+
+
+def is_dtensor(tensor: object) -> bool:
+    return is_dtensor_type(type(tensor))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..step import Location
-from .dtensors import is_dtensor
+from .dtensors import is_dtensor, is_dtensor_type
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,11 +63,9 @@ def needs_sums(param_groups: ParamGroups, process_group: ProcessGroup | None) ->
     """Whether some parameter may be spread over several ranks."""
     if process_group is not None:
         return not is_rehearsal()
-    for group in param_groups:
-        for param in group["params"]:
-            if type(param) is not Parameter and is_dtensor(param):  # asked at every step: the first is quick
-                return not is_rehearsal()
-    return False
+    # Asked at every step: the loop over parameters is not one of Python's.
+    types = set().union(*(map(type, group["params"]) for group in param_groups))
+    return any(map(is_dtensor_type, types)) and not is_rehearsal()
 
 
 def is_rehearsal() -> bool:
