@@ -176,8 +176,10 @@ def is_complete(state: Mapping[str, Any], param: Tensor, amsgrad: bool) -> bool:
 
 
 def _lies_otherwise(value: Tensor, param: Tensor) -> bool:
-    """Whether an entry of the parameter's shape has another memory layout than the parameter."""
-    return value.shape == param.shape and not have_equal_layout(value, param) and is_dense(param)
+    """Whether an entry of the parameter's shape has another memory layout than the parameter, a sample than rows."""
+    if value.shape != param.shape:
+        return not dtensors.local(value).is_contiguous()
+    return not have_equal_layout(value, param) and is_dense(param)
 
 
 def complete(
@@ -205,7 +207,10 @@ def complete(
         elif value.dtype != dtype or value.device != param.device:
             state[name] = value.to(device=param.device, dtype=dtype)
         elif _lies_otherwise(value, param):
-            state[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
+            if value.shape == param.shape:
+                state[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
+            else:
+                state[name] = value.contiguous()
 
 
 def _initial_value(

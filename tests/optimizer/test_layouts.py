@@ -19,8 +19,10 @@ from helpers import (
     as_array,
     frozen,
     parameters,
+    results,
     set_gradients,
     snapshot,
+    train,
     unforced,
     why_not_core,
 )
@@ -109,6 +111,22 @@ def test_the_core_alone_refuses_parameters_of_other_classes(variant: str, fused:
         return
     with pytest.raises(RuntimeError, match="parameters of a class of their own"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("layout", ["every second", "inner narrowed"])
+def test_a_sampled_path_of_any_layout(layout: str, variant: str, fused: bool) -> None:
+    outcomes = []
+    for changed in (False, True):
+        optimizer = VARIANTS[variant](parameters([(1100, 64)]), fused=unforced(fused), **LIVELY[variant])
+        train(optimizer, 2)
+        (entry,) = optimizer.state.values()
+        assert entry["path"].shape == (1100, 4)
+        if changed:
+            entry["path"] = LAYOUTS[layout](entry["path"])
+            assert not entry["path"].is_contiguous()
+        train(optimizer, 2, first=2)
+        outcomes.append(results(optimizer))
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every second", "misaligned"])
