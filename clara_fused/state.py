@@ -204,13 +204,13 @@ def complete(
         value = state.get(name)
         if value is None:
             state[name] = _initial_value(name, dtype, param, options, lr_scale, all_elements)
-        elif value.dtype != dtype or value.device != param.device:
-            state[name] = value.to(device=param.device, dtype=dtype)
-        elif _lies_otherwise(value, param):
-            if value.shape == param.shape:
-                state[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
-            else:
-                state[name] = value.contiguous()
+            continue
+        if value.dtype != dtype or value.device != param.device:
+            value = value.to(device=param.device, dtype=dtype)
+        if _lies_otherwise(value, param):
+            is_sample = value.shape != param.shape
+            value = value.contiguous() if is_sample else torch.empty_like(param, dtype=dtype).copy_(value)
+        state[name] = value
 
 
 def _initial_value(

@@ -158,7 +158,9 @@ def overhead_table(document: Document) -> str:
 
 
 def host_cost_table(document: Document) -> str:
-    return f"{provenance(document)}\n{host_costs(document)}"
+    counts = [row["tensors"] for row in document["results"]]
+    line = f"A line fitted through the steps of {min(counts)} to {max(counts)} tensors:"
+    return f"{provenance(document)}\n{line}\n\n{host_costs(document)}"
 
 
 def host_costs(document: Document) -> str:

@@ -22,6 +22,7 @@ def is_dtensor_type(kind: type) -> bool:
 
 
 def is_dtensor(tensor: object) -> bool:
+    """Whether this is a DTensor."""
     return is_dtensor_type(type(tensor))
 
 

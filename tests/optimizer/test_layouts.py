@@ -41,7 +41,7 @@ def holding(view: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 LAYOUTS: dict[str, Layout] = {
     "contiguous": lambda x: x.clone(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: holding(x.new_empty(x.shape[::-1]).permute(3, 2, 1, 0), x),
+    "transposed": lambda x: holding(x.new_empty(x.shape[::-1]).permute(*reversed(range(x.dim()))), x),
     "permuted": lambda x: holding(x.new_empty([x.shape[i] for i in (2, 0, 3, 1)]).permute(1, 3, 0, 2), x),
     "every second": lambda x: holding(x.new_full((*x.shape[:-1], 2 * x.shape[-1]), 7.0)[..., ::2], x),
     "narrowed": lambda x: holding(x.new_full((x.shape[0] + 2, *x.shape[1:]), 7.0)[1:-1], x),
@@ -113,8 +113,9 @@ def test_the_core_alone_refuses_parameters_of_other_classes(variant: str, fused:
         optimizer.step()
 
 
-@pytest.mark.parametrize("layout", ["every second", "inner narrowed"])
-def test_a_sampled_path_of_any_layout(layout: str, variant: str, fused: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "every second", "inner narrowed"])
+def test_a_sampled_path_of_any_layout(layout: str, dtype: torch.dtype, variant: str, fused: bool) -> None:
     outcomes = []
     for changed in (False, True):
         optimizer = VARIANTS[variant](parameters([(1100, 64)]), fused=unforced(fused), **LIVELY[variant])
@@ -122,7 +123,7 @@ def test_a_sampled_path_of_any_layout(layout: str, variant: str, fused: bool) ->
         (entry,) = optimizer.state.values()
         assert entry["path"].shape == (1100, 4)
         if changed:
-            entry["path"] = LAYOUTS[layout](entry["path"])
+            entry["path"] = LAYOUTS[layout](entry["path"].to(dtype))
             assert not entry["path"].is_contiguous()
         train(optimizer, 2, first=2)
         outcomes.append(results(optimizer))
