@@ -175,7 +175,12 @@ class Twins:
         self.change_state(lambda state, name: state.update({name: state[name].clone()}))
 
     def state_in_other_layout(self) -> None:
-        self.change_state(lambda state, name: state.update({name: self.in_some_layout(state[name])}))
+        def change(state: dict[str, Any], name: str) -> None:
+            # Moments in another layout tell that the parameter has changed its own, which starts a sampled path anew.
+            if name != "exp_avg" or state["path"].shape == state[name].shape:
+                state[name] = self.in_some_layout(state[name])
+
+        self.change_state(change)
 
     def retype_state(self) -> None:
         mine, other = self.some_param()
@@ -301,7 +306,10 @@ class Twins:
         pairs = [pair for pair in self.params() if pair[0].grad is not None]
         for first in pairs:
             for second in pairs:
-                if first is not second and first[0].shape == second[0].shape and first[0].dtype == second[0].dtype:
+                alike = all(
+                    one.dtype == its.dtype for one, its in ((first[0], second[0]), (first[0].grad, second[0].grad))
+                )
+                if first is not second and first[0].shape == second[0].shape and alike:
                     for a, b in zip(first, second, strict=True):
                         a.grad, b.grad = b.grad, a.grad
                     return
