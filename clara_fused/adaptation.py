@@ -17,6 +17,7 @@ from .options import GroupOptions
 
 _SUM_BLOCK = 1024
 _PEAK_MEMORY = 0.98  # of M that is left after a step of smaller gradients
+_COSINE_MEMORY = 0.9  # of the averages of x that is left after a step
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -56,18 +57,25 @@ class PathSums(NamedTuple):
     step_sq: Tensor  # U, of Adam's steps u
     grad_sq: Tensor  # G, of the gradients g~ in units of their own size
     path_before_sq: Tensor  # N', of the path before this step, with the weights of this step
+    path_grad: Tensor  # X, of the path before this step times g~
     weight: Tensor  # D, of the weights themselves
     weight_sq: Tensor  # D2, of their squares; times c^2
     numel: Tensor  # n, of all elements
 
 
 class Walk(NamedTuple):
-    """What N is expected to be if every new gradient is independent of the past, in units of N; zeros at first."""
+    """What N is expected to be if every new gradient is independent of the past, in units of N; zeros at first.
+
+    And x, the cosine of the angle between the path and the gradient that comes next.
+    """
 
     moment_sq: Tensor  # V / N, V of m~^2, m~ = m/d
     path_moment: Tensor  # C / N, C of path m~
     path_sq: Tensor  # P / N, P of path^2
     grad_peak: Tensor  # M / N, M the largest G of the last dozens of steps
+    cosine: Tensor  # x
+    cosine_sq: Tensor  # an average of x^2 over some steps
+    cosine_lag: Tensor  # and of x times the x before it
 
 
 class Evidence(NamedTuple):
@@ -81,20 +89,21 @@ class Evidence(NamedTuple):
     step_sq: Tensor  # U
     step_walk_sq: Tensor  # what U is expected to be
     weight: Tensor  # D
-    weight_sq: Tensor  # D2
+    weight_sq: Tensor  # D2: what varies independently has variances that add up
+    shared_weight: Tensor  # D sqrt(s), of shared noise: what varies together has standard deviations that add up
 
 
 def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
     """The walks after a step with these sums; as they were where a sum is not finite or nothing has moved.
 
     Args:
-        walks: float32 [n, 4], columns of `Walk`.
-        sums: float64 [n, 7], columns of `PathSums`.
+        walks: float32 [n, 7], columns of `Walk`.
+        sums: float64 [n, 8], columns of `PathSums`.
         steps: float64 [n], number of the step, from 1.
         moves: whether lr is not 0; a bool, or a bool tensor of one element.
 
     Returns:
-        float32 [n, 4].
+        float32 [n, 7].
     """
     old, new = Walk(*walks.to(sums.dtype).unbind(-1)), PathSums(*sums.unbind(-1))
     beta1, q = options.beta1, 1.0 - options.smoothing
@@ -108,18 +117,23 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
         beta1 * beta1 * old.moment_sq * before + (1.0 - beta1) ** 2 * new.grad_sq,
     )
     grad_peak = torch.maximum(_PEAK_MEMORY * old.grad_peak * before, new.grad_sq)
-    # Where nothing moves only m does.
-    idle = Walk(moment_sq, beta1 * old.path_moment * before, old.path_sq * before, grad_peak)
+    path_moment, path_sq = beta1 * old.path_moment * before, old.path_sq * before
     a = path_gain(options.smoothing) / bias1
-    moved = Walk(
-        moment_sq,
-        q * idle.path_moment + a * moment_sq,
-        q * q * idle.path_sq + 2.0 * q * a * idle.path_moment + a * a * moment_sq,
-        grad_peak,
-    )
-    advanced = _where(moves, torch.stack(moved, -1), torch.stack(idle, -1))
-    advanced = (advanced / new.path_sq.unsqueeze(-1)).to(walks.dtype)
+    path_sq = _where(moves, q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq, path_sq)
+    path_moment = _where(moves, q * path_moment + a * moment_sq, path_moment)  # else only m has moved
+    lengths = torch.stack((moment_sq, path_moment, path_sq, grad_peak), -1) / new.path_sq.unsqueeze(-1)
+    advanced = torch.cat((lengths, _advanced_cosines(old, new)), -1).to(walks.dtype)
     return torch.where(torch.isfinite(advanced.sum(-1, keepdim=True)), advanced, walks)
+
+
+def _advanced_cosines(old: Walk, new: PathSums) -> Tensor:
+    """The last three columns of `Walk`; as they were where there is no angle."""
+    before = torch.stack((old.cosine, old.cosine_sq, old.cosine_lag), -1)
+    cosine = new.path_grad / (new.path_before_sq.sqrt() * new.grad_sq.sqrt())
+    products = torch.stack((cosine * cosine, cosine * old.cosine), -1)
+    averages = _COSINE_MEMORY * before[..., 1:] + (1.0 - _COSINE_MEMORY) * products
+    none = (new.path_before_sq == 0.0) | (new.grad_sq == 0.0)
+    return torch.where(none.unsqueeze(-1), before, torch.cat((cosine.unsqueeze(-1), averages), -1))
 
 
 def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -129,7 +143,7 @@ def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
-    """Columns of `Evidence`, float64 [n, 7], after `advanced_walks`; arguments as there.
+    """Columns of `Evidence`, float64 [n, 8], after `advanced_walks`; arguments as there.
 
     Zeros, so no vote, where nothing moves or the gradients are all zero.
     """
@@ -137,11 +151,33 @@ def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tenso
     step_walk_sq = walk.moment_sq * s.path_sq / bias_correction(options.log_beta1, steps) ** 2
     remembered = torch.minimum(s.weight, walk.grad_peak * s.path_sq)
     long_walk_sq = unit_walk(options.beta1, options.smoothing) * remembered
+    shared_weight = _shared_noise(walk).sqrt() * s.weight
     evidence = torch.stack(
-        Evidence(s.path_sq, walk.path_sq * s.path_sq, long_walk_sq, s.step_sq, step_walk_sq, s.weight, s.weight_sq), -1
+        Evidence(
+            s.path_sq,
+            walk.path_sq * s.path_sq,
+            long_walk_sq,
+            s.step_sq,
+            step_walk_sq,
+            s.weight,
+            s.weight_sq,
+            shared_weight,
+        ),
+        -1,
     )
     nothing = torch.zeros_like(evidence)
     return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
+
+
+def _shared_noise(walk: Walk) -> Tensor:
+    """s = 1 / n' of noise that elements share: so many independent elements would tell as much as these do.
+
+    x^2 is on average one over that number, as long as gradients are independent of those before them. Where x stays as
+    it was, or changes its sign at every step, they are not. A little of it shows wherever something is learned, so it
+    counts from 1/40 on, and in full from 1/20.
+    """
+    shared = walk.cosine_sq - walk.cosine_lag.abs()
+    return torch.minimum(shared, 2.0 * shared - 0.05).clamp(min=0.0)
 
 
 def _with_prior(ratio: Tensor, count: Tensor, neutral: float) -> Tensor:
@@ -151,9 +187,7 @@ def _with_prior(ratio: Tensor, count: Tensor, neutral: float) -> Tensor:
 
 def excess(e: Evidence) -> Tensor:
     """By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess"."""
-    # So many elements of equal weight would tell as much (Kish's effective sample size): one that outweighs a thousand
-    # others must not speak for them.
-    count = e.weight * e.weight / e.weight_sq
+    count = e.weight * e.weight / torch.maximum(e.weight_sq, e.shared_weight * e.shared_weight)  # n'
     # Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
     above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.long_walk_sq), count, 32.0)
     # Short, and more so than the momentum can tell within its few steps.
@@ -169,7 +203,7 @@ def adapted_scales(scales: Tensor, evidence: Tensor, options: GroupOptions) -> T
 
     Args:
         scales: mu, float32, any shape.
-        evidence: [..., 7], columns of `Evidence`.
+        evidence: [..., 8], columns of `Evidence`.
 
     Returns:
         the new mu; as it was where adaptation is off, where a sum is not finite, and where nothing has moved.
@@ -201,12 +235,12 @@ def fixed_order_sum(values: Tensor) -> Tensor:
 
 
 def total_evidence(evidence: Sequence[Tensor]) -> Tensor:
-    """Add [n, 7] evidence of all tensors of all buckets, on the first accelerator among their devices.
+    """Add [n, 8] evidence of all tensors of all buckets, on the first accelerator among their devices.
 
     Sorted first, so that the result does not depend on the order of the parameters.
 
     Returns:
-        [7], columns of `Evidence`.
+        [8], columns of `Evidence`.
     """
     if not evidence:
         return torch.zeros(len(Evidence._fields), dtype=torch.float64, device="cpu")

@@ -24,7 +24,10 @@ from .tensors import describe, have_equal_layout, is_dense
 
 State = MutableMapping[str, Any]
 
-WALK = ("walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak")
+WALK = (
+    *("walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak"),
+    *("walk_cosine", "walk_cosine_sq", "walk_cosine_lag"),
+)
 """In the order of `adaptation.Walk`."""
 SCALARS = ("step", "lr_scale", *WALK)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

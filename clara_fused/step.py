@@ -69,19 +69,19 @@ class Bucket(Protocol):
     def device(self) -> torch.device: ...
 
     def measure(self) -> Tensor:
-        """Write the path. Returns float64 [n, 7] on `device`, columns of `adaptation.PathSums`; this rank's part."""
+        """Write the path. Returns float64 [n, 8] on `device`, columns of `adaptation.PathSums`; this rank's part."""
         ...
 
     def advance(self, sums: Tensor) -> Tensor:
-        """Count the step and move the walks on, by whole-tensor sums [n, 7].
+        """Count the step and move the walks on, by whole-tensor sums [n, 8].
 
         Returns:
-            float64 [n, 7] on `device`, columns of `adaptation.Evidence`.
+            float64 [n, 8] on `device`, columns of `adaptation.Evidence`.
         """
         ...
 
     def rescale(self, evidence: Tensor) -> None:
-        """Let the scales follow the evidence: [n, 7], or [1, 7] for the one scale of all tensors."""
+        """Let the scales follow the evidence: [n, 8], or [1, 8] for the one scale of all tensors."""
         ...
 
     def update(self) -> None:
@@ -94,7 +94,7 @@ class Bucket(Protocol):
 
 
 def adapt_one_scale(total: Tensor, scales: Iterable[Tensor], inputs: StepInputs) -> None:
-    """Let the one scale of AdamClaraGlobal follow the total evidence [7], on every device that holds it."""
+    """Let the one scale of AdamClaraGlobal follow the total evidence [8], on every device that holds it."""
     scales = list(scales)
     if not scales:  # a rank without parameters
         return

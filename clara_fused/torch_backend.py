@@ -218,7 +218,7 @@ class TorchBucket:
     # --- measure ---
 
     def _measure_unit(self, blocks: list[_Block], coefficients: _Coefficients) -> Tensor:
-        """The columns of `adaptation.PathSums` but the last, [6, tensors of the unit]."""
+        """The columns of `adaptation.PathSums` but the last, [7, tensors of the unit]."""
         parts = [self._measure_block(block, coefficients) for block in blocks]
         if len(parts) == 1:
             return parts[0]
@@ -229,33 +229,35 @@ class TorchBucket:
     def _measure_block(self, block: _Block, coefficients: _Coefficients) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
-        step, _, second = self._new_moments(block, grad, sample, copy=True)
+        step, second = self._new_moments(block, grad, sample, copy=True)[::2]  # not v: its memory is needed
         inverse_bias1, root_bias2 = coefficients.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         step.div_(denominator).mul_(inverse_bias1)
         before = self._load(block.paths)
         path = self._extended_path(before, step)
+        unit_grad = grad / denominator
         weight = None
         if adaptation.in_adams_metric(options):  # of an element whose v has overflowed 0: it moves no more
             weight = denominator.nan_to_num(nan=math.nan, posinf=0.0)
-        sums = self._sums_of_squares((path, step, grad / denominator, before), weight)
+        pairs = ((path, path), (step, step), (unit_grad, unit_grad), (before, before), (before, unit_grad))
+        sums = self._weighted_sums(pairs, weight)
         self._store(path, block.paths, self._undo)
         share = sample.kept / sample.run
         sums /= share
         sums[-1] /= share
         return sums
 
-    def _sums_of_squares(self, arrays: Sequence[Tensor], weight: Tensor | None) -> Tensor:
-        """Sums of squares of arrays [rows, elements], of their weights and of these' squares; None: all count alike.
+    def _weighted_sums(self, pairs: Sequence[tuple[Tensor, Tensor]], weight: Tensor | None) -> Tensor:
+        """Sums of products of arrays [rows, elements], of the weights and of these' squares; None: all count alike.
 
         Returns:
-            float64 [number of arrays + 2, rows]; bitwise the same for any number of threads.
+            float64 [number of pairs + 2, rows]; bitwise the same for any number of threads.
         """
-        count, numel = arrays[0].shape
+        count, numel = pairs[0][0].shape
         padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(len(arrays) + 1, count, padded, dtype=self._dtype, device=self.device)
-        for array, term in zip(arrays, terms[:, :, :numel], strict=False):
-            torch.mul(array, array, out=term)
+        terms = torch.empty(len(pairs) + 1, count, padded, dtype=self._dtype, device=self.device)
+        for (one, other), term in zip(pairs, terms[:, :, :numel], strict=False):
+            torch.mul(one, other, out=term)
             if weight is not None:
                 term.mul_(weight)
         terms[-1, :, :numel] = 1.0 if weight is None else weight

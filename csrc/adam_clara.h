@@ -178,7 +178,7 @@ CLARA_HD V extended_path(V path, V step, const MeasureCoefficients<T>& c) {
 // `grad` is the effective gradient.
 template <typename V>
 struct ElementSums {
-  V path_sq, step_sq, grad_sq, path_before_sq, weight, weight_sq;
+  V path_sq, step_sq, grad_sq, path_before_sq, path_grad, weight, weight_sq;
 };
 
 template <typename V, typename W>
@@ -187,6 +187,7 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
   sums.step_sq += more.step_sq;
   sums.grad_sq += more.grad_sq;
   sums.path_before_sq += more.path_before_sq;
+  sums.path_grad += more.path_grad;
   sums.weight += more.weight;
   sums.weight_sq += more.weight_sq;
 }
@@ -200,6 +201,7 @@ CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d,
           weight * step * step,
           weight * unit_grad * unit_grad,
           weight * path_before * path_before,
+          weight * path_before * unit_grad,
           weight,
           weight * weight};
 }
@@ -217,6 +219,7 @@ struct PathSums {
   double step_sq;         // U, of Adam's steps u
   double grad_sq;         // G, of the gradients g~
   double path_before_sq;  // N', of the path before this step, with the weights of this step
+  double path_grad;       // X, of the path before this step times g~
   double weight;          // D, of the weights themselves
   double weight_sq;       // D2, of their squares; times c^2
   double numel;           // n, of all elements
@@ -231,9 +234,13 @@ struct WalkState {
   float path_moment;  // C / N; C: expected sum of path m~
   float path_sq;      // P / N; P: expected sum of path^2
   float grad_peak;    // M / N; M: the largest G of the last dozens of steps
+  // Of no unit: x, the cosine of the angle between the path and the gradient that comes next; averages over some steps of
+  // x^2, and of x times the x before it.
+  float cosine, cosine_sq, cosine_lag;
 };
-constexpr int kWalkScalars = 4;
-constexpr double kPeakMemory = 0.98;  // of M that is left after a step of smaller gradients
+constexpr int kWalkScalars = 7;
+constexpr double kPeakMemory = 0.98;    // of M that is left after a step of smaller gradients
+constexpr double kCosineMemory = 0.9;  // of the averages of x that is left after a step
 
 // What the excess is computed from.
 struct Evidence {
@@ -244,9 +251,10 @@ struct Evidence {
   double step_sq;       // U
   double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
   double weight;        // D
-  double weight_sq;     // D2
+  double weight_sq;     // D2: what varies independently has variances that add up
+  double shared_weight;  // D sqrt(s), of shared noise: what varies together has standard deviations that add up
 };
-constexpr int kEvidence = 7;
+constexpr int kEvidence = 8;
 
 CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
 CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
@@ -272,15 +280,38 @@ CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, co
   }
   const double grad_peak = larger(kPeakMemory * walk.grad_peak * before, sums.grad_sq);
   const auto in_units_of_path = [&](double value) { return static_cast<float>(value / sums.path_sq); };
-  const WalkState next = {in_units_of_path(moment_sq), in_units_of_path(path_moment), in_units_of_path(path_sq),
-                          in_units_of_path(grad_peak)};
-  return is_finite(next.moment_sq + next.path_moment + next.path_sq + next.grad_peak) ? next : walk;
+  WalkState next = walk;
+  next.moment_sq = in_units_of_path(moment_sq);
+  next.path_moment = in_units_of_path(path_moment);
+  next.path_sq = in_units_of_path(path_sq);
+  next.grad_peak = in_units_of_path(grad_peak);
+  if (before != 0.0 && sums.grad_sq != 0.0) {  // else there is no angle
+    const double x = sums.path_grad / (std::sqrt(before) * std::sqrt(sums.grad_sq)), last = walk.cosine;
+    const auto averaged = [](float average, double value) {
+      return static_cast<float>(kCosineMemory * static_cast<double>(average) + (1.0 - kCosineMemory) * value);
+    };
+    next.cosine = static_cast<float>(x);
+    next.cosine_sq = averaged(walk.cosine_sq, x * x);
+    next.cosine_lag = averaged(walk.cosine_lag, x * last);
+  }
+  const float sum = next.moment_sq + next.path_moment + next.path_sq + next.grad_peak + next.cosine_sq;
+  return is_finite(sum) ? next : walk;
 }
 
 // The expected path^2 of one element after many steps of unit white noise.
 CLARA_HD double unit_walk(const GroupOptions& options) {
   const double beta1 = options.beta1, correlation = beta1 * (1.0 - options.smoothing);
   return (1.0 - beta1) / (1.0 + beta1) * (1.0 + correlation) / (1.0 - correlation);
+}
+
+// s = 1 / n' of noise that elements share: so many independent elements would tell as much as these do. x^2 is on average
+// one over that number, as long as gradients are independent of those before them. Where x stays as it was, or changes its
+// sign at every step, they are not. A little of it shows wherever something is learned, so it counts from 1/40 on, and in
+// full from 1/20.
+CLARA_HD double shared_noise(const WalkState& walk) {
+  const double lag = static_cast<double>(walk.cosine_lag);
+  const double shared = static_cast<double>(walk.cosine_sq) - (lag < 0.0 ? -lag : lag);
+  return larger(smaller(shared, 2.0 * shared - 0.05), 0.0);
 }
 
 // Zeros, so no vote, where nothing moves or the gradients are all zero.
@@ -295,7 +326,8 @@ CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const
           sums.step_sq,
           walk.moment_sq * unit / (bias1 * bias1),
           sums.weight,
-          sums.weight_sq};
+          sums.weight_sq,
+          std::sqrt(shared_noise(walk)) * sums.weight};
 }
 
 // A ratio of sums over few elements says little: as if `neutral` more had shown the expected one.
@@ -307,9 +339,9 @@ CLARA_HD double fourth_power(double x) { return x * x * x * x; }
 
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
 CLARA_HD double excess(const Evidence& e) {
-  // So many elements of equal weight would tell as much (Kish's effective sample size): one that outweighs a thousand
-  // others must not speak for them.
-  const double count = e.weight * e.weight / e.weight_sq;
+  // n': so many elements of equal weight (Kish's effective sample size), or of independent noise, would tell as much. One
+  // that outweighs a thousand others must not speak for them.
+  const double count = e.weight * e.weight / larger(e.weight_sq, e.shared_weight * e.shared_weight);
   // Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
   const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), count, 32.0);
   if (above > 1.25) return 1.0 - 1.25 / above;
@@ -328,7 +360,8 @@ CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path
 // The next mu. It stays where adaptation is off, where a sum is not finite, and where nothing has moved.
 CLARA_HD float adapted_scale(float scale, const Evidence& e, const GroupOptions& options) {
   const bool known =
-      is_finite(e.path_sq + e.walk_sq + e.long_walk_sq + e.step_sq + e.step_walk_sq + e.weight + e.weight_sq);
+      is_finite(e.path_sq + e.walk_sq + e.long_walk_sq + e.step_sq + e.step_walk_sq + e.weight + e.weight_sq +
+                e.shared_weight);
   const double value = options.reference != 0.0 ? excess_over(options.reference, e) : excess(e);
   if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !known || !is_finite(value)) return scale;
   double factor = std::exp(options.smoothing / (2.0 * options.damping) * value);

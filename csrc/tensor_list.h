@@ -50,7 +50,8 @@ struct TensorRecord {
 CLARA_HD int64_t path_numel(const TensorRecord& tensor) { return tensor.numel / tensor.run * tensor.kept; }
 
 CLARA_HD WalkState walk_of(const TensorRecord& tensor) {
-  return {*tensor.walk[0], *tensor.walk[1], *tensor.walk[2], *tensor.walk[3]};
+  return {*tensor.walk[0], *tensor.walk[1], *tensor.walk[2], *tensor.walk[3],
+          *tensor.walk[4], *tensor.walk[5], *tensor.walk[6]};
 }
 
 CLARA_HD void set_walk(const TensorRecord& tensor, const WalkState& walk) {
@@ -58,6 +59,9 @@ CLARA_HD void set_walk(const TensorRecord& tensor, const WalkState& walk) {
   *tensor.walk[1] = walk.path_moment;
   *tensor.walk[2] = walk.path_sq;
   *tensor.walk[3] = walk.grad_peak;
+  *tensor.walk[4] = walk.cosine;
+  *tensor.walk[5] = walk.cosine_sq;
+  *tensor.walk[6] = walk.cosine_lag;
 }
 
 // What the sums over the elements that have a path say of all elements.
@@ -67,6 +71,7 @@ CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<doub
           c * sampled.step_sq,
           c * sampled.grad_sq,
           c * sampled.path_before_sq,
+          c * sampled.path_grad,
           c * sampled.weight,
           c * c * sampled.weight_sq,
           static_cast<double>(tensor.numel)};

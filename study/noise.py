@@ -55,6 +55,8 @@ class Case:
     tensor_every: int = 1  # a tensor has a gradient in one of so many steps, zeros in the others
     at_random: bool = False  # ... at random instead of regularly
     inequality: float = 0.0  # standard deviation of the logarithm of the elements' sizes, which stay
+    sources: int = 0  # the gradient is a sum of so many patterns that stay, each times a number; 0: as many as elements
+    together: bool = False  # ... which are the same for all tensors
     growth: float = 0.0  # of the logarithm of the noise's size, a step
     gap: range = range(0)  # steps of zero gradients
     adam_steps: int = 0  # of a torch.optim.Adam whose state is loaded first
@@ -70,6 +72,9 @@ class Case:
             has_one = float(torch.rand((), generator=generator)) < 1 / self.tensor_every
         if not has_one or step in self.gap:
             return torch.zeros(self.numel, dtype=self.dtype)
+        if self.sources:
+            source = torch.Generator().manual_seed(step) if self.together else generator
+            return torch.randn(self.sources, generator=source) @ patterns(self.numel, self.sources, seed)
         values = pool(self.noise, self.dtype, self.element_share, self.pool_size)[offset : offset + self.numel]
         if self.inequality:
             values = values * sizes(self.numel, self.inequality, seed)
@@ -97,6 +102,11 @@ def sizes(numel: int, inequality: float, seed: int) -> torch.Tensor:
     return torch.exp(inequality * torch.randn(numel, generator=torch.Generator().manual_seed(seed)))
 
 
+@cache
+def patterns(numel: int, count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, numel, generator=torch.Generator().manual_seed(seed))
+
+
 def conditions() -> list[Case]:
     large = 65_536
     cases = [Case(f"{n} elements", "few", n) for n in (1, 4, 16, 64)]
@@ -111,6 +121,11 @@ def conditions() -> list[Case]:
         Case(f"{n} elements, unequal e^{spread}", "unequal", n, NEARLY_NEUTRAL, inequality=spread)
         for n, spread in ((1, 3), (16, 1), (64, 1), (256, 2), (1024, 2), (1024, 3))
     ]
+    cases += [
+        Case(f"{n} elements, {k} source{'s' * (k > 1)}", "shared", n, NEARLY_NEUTRAL, sources=k)
+        for n, k in ((1024, 1), (1024, 4), (1024, 16), (large, 4))
+    ]
+    cases += [Case("1 source for all tensors", "shared", bounds=NEARLY_NEUTRAL, sources=1, together=True)]
     cases += [
         Case(f"betas {beta1}, {beta2}", "betas", betas=(beta1, beta2))
         for beta1 in (0.0, 0.5, 0.9, 0.95)

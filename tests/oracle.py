@@ -153,6 +153,10 @@ def square(x: Number) -> Number:
     return x.square() if isinstance(x, Interval) else np.square(x)
 
 
+def absolute(x: Number) -> Number:
+    return maximum(x, -x) if isinstance(x, Interval) else np.abs(x)
+
+
 def total(x: Number) -> Number:
     return x.sum() if isinstance(x, Interval) else math.fsum(np.ravel(x).tolist())
 
@@ -343,6 +347,7 @@ class Sums:
     step_sq: Number  # U, sum of u^2
     grad_sq: Number  # G
     path_before_sq: Number  # N', of the path before the step
+    path_grad: Number  # X, of that path and the gradient
     weight: Number  # D
     weight_sq: Number  # D2
 
@@ -364,18 +369,26 @@ def sums_of(
         return total(square(x) * weight) * sample.weight
 
     weights = total(weight) * sample.weight, total(square(weight)) * sample.weight**2
-    return Sums(length(path), length(u), length(unit_grad), length(path_before), *weights)
+    path_grad = total(path_before * unit_grad * weight) * sample.weight
+    return Sums(length(path), length(u), length(unit_grad), length(path_before), path_grad, *weights)
 
 
 @dataclass(frozen=True)
 class Walk:
     """What N is expected to be if every gradient is independent of those before it, in units of N: V = E sum(m/d)^2,
-    C = E sum(path m/d), P = E sum(path^2); and M, the largest sum(g/d)^2 of late."""
+    C = E sum(path m/d), P = E sum(path^2); and M, the largest sum(g/d)^2 of late. Then x, the cosine of the angle
+    between the path and the next gradient, and averages of x^2 and of x times the last x."""
 
     moment_sq: Number = 0.0
     path_moment: Number = 0.0
     path_sq: Number = 0.0
     grad_peak: Number = 0.0
+    cosine: Number = 0.0
+    cosine_sq: Number = 0.0
+    cosine_lag: Number = 0.0
+
+    def values(self) -> tuple[Number, ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def advanced(self, options: Options, step: int, sums: Sums) -> Walk:
         if may_be_zero(sums.path_sq):
@@ -395,7 +408,17 @@ class Walk:
         else:
             C = C * beta1
         M = maximum(self.grad_peak * before * 0.98, sums.grad_sq)
-        return Walk(*(each / sums.path_sq for each in (V, C, P, M)))
+        cosines = self.cosine, self.cosine_sq, self.cosine_lag
+        if not may_be_zero(before) and not is_zero(sums.grad_sq):
+            x = sums.path_grad / (sqrt(before) * sqrt(sums.grad_sq))
+            cosines = x, self.cosine_sq * 0.9 + square(x) * 0.1, self.cosine_lag * 0.9 + x * self.cosine * 0.1
+        return Walk(*(each / sums.path_sq for each in (V, C, P, M)), *cosines)
+
+
+def shared_noise(walk: Walk) -> Number:
+    """s: one over the number of independent elements that noise which elements share is worth."""
+    shared = walk.cosine_sq - absolute(walk.cosine_lag)
+    return maximum(minimum(shared, shared * 2.0 - 0.05), 0.0)
 
 
 @dataclass(frozen=True)
@@ -407,6 +430,7 @@ class Evidence:
     step_walk_sq: Number = 0.0  # what U is expected to be
     weight: Number = 0.0  # D
     weight_sq: Number = 0.0  # D2
+    shared_weight: Number = 0.0  # D sqrt(s)
 
     @classmethod
     def of(cls, options: Options, step: int, sums: Sums, walk: Walk) -> Evidence:
@@ -424,6 +448,7 @@ class Evidence:
             walk.moment_sq * sums.path_sq / bias1**2,
             sums.weight,
             sums.weight_sq,
+            sums.weight * sqrt(shared_noise(walk)),
         )
 
     def __add__(self, other: Evidence) -> Evidence:
@@ -439,7 +464,8 @@ class Evidence:
 
 def excess(e: Evidence) -> float:
     """How much longer the path is than a random walk's; of floats."""
-    count = e.weight**2 / e.weight_sq  # of elements that had as much to say, were their weights equal
+    # Of independent elements of equal weight that had as much to say.
+    count = e.weight**2 / max(e.weight_sq, e.shared_weight**2)
     above = (count * e.path_sq / max(e.walk_sq, e.long_walk_sq) + 32) / (count + 32)
     if above > 1.25:
         return 1 - 1.25 / above
@@ -553,7 +579,7 @@ class TensorState:
         before, self.path = self.path, round_to(kept, extended_path(options, self.path, u))
         sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d)
         walk = self.walk.advanced(options, self.step, sums)
-        rounded = [float(np.float32(x)) for x in (walk.moment_sq, walk.path_moment, walk.path_sq, walk.grad_peak)]
+        rounded = [float(np.float32(x)) for x in walk.values()]
         if all(map(math.isfinite, rounded)):
             self.walk = Walk(*rounded)
         return Evidence.of(options, self.step, sums, self.walk)

@@ -20,7 +20,7 @@ _NUMEL = adaptation.PathSums._fields.index("numel")
 
 
 def has_gradient(sums: Tensor) -> Tensor:
-    """Whether some rank has a gradient (with an element) of a tensor with these sums over all ranks, [..., 7]."""
+    """Whether some rank has a gradient (with an element) of a tensor with these sums over all ranks, [..., 8]."""
     return sums[..., _NUMEL] > 0.0
 
 
@@ -28,7 +28,7 @@ class AbsentTensors:
     """Tensors of one group and device, without a gradient on this rank; the verbs and rows are those of a `Bucket`.
 
     Args:
-        sums: float64 [n, 7], over the other ranks.
+        sums: float64 [n, 8], over the other ranks.
         states: complete ones.
     """
 
@@ -46,7 +46,7 @@ class AbsentTensors:
             self._takes_part &= moved(inputs.found_inf, sums.device).reshape(()) == 0.0
 
     def advance(self) -> None:
-        """Count the step and move the walks on; leaves `evidence`, float64 [n, 7]."""
+        """Count the step and move the walks on; leaves `evidence`, float64 [n, 8]."""
         steps, walks = self._stacked("step"), torch.stack([self._stacked(name) for name in WALK], dim=1)
         following = steps.to(self._sums.dtype) + 1.0
         advanced = adaptation.advanced_walks(walks, self._sums, self._options, following, self._moves)

@@ -150,7 +150,7 @@ class RankSums:
         """Create the state that others have and this rank has not (FSDP1 loads none for empty shards)."""
         for collective in self._collectives:
             known = [self._state_of(member.location) for member in collective.members]
-            rows = [[float(entry[name]) if entry else 0.0 for name in SCALARS] for entry in known]
+            rows = [[float(entry[name]) if entry else -math.inf for name in SCALARS] for entry in known]
             largest = collective.largest_of(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
             for member, entry, values in zip(collective.members, known, largest, strict=True):
                 if not entry and values[0] > 0.0 and member.param.requires_grad:
@@ -272,7 +272,7 @@ class RankSums:
         ]
 
     def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
-        """Evidence of all tensors on all ranks, float64 [7] (AdamClaraGlobal); all ranks call this after `whole_sums`.
+        """Evidence of all tensors on all ranks, float64 [8] (AdamClaraGlobal); all ranks call this after `whole_sums`.
 
         Raises:
             RanksDisagreeError: as `whole_sums`.

@@ -190,7 +190,7 @@ Evidence total(const std::vector<Evidence>& evidence) {
   return {order_free_sum(evidence, &Evidence::path_sq), order_free_sum(evidence, &Evidence::walk_sq),
           order_free_sum(evidence, &Evidence::long_walk_sq), order_free_sum(evidence, &Evidence::step_sq),
           order_free_sum(evidence, &Evidence::step_walk_sq), order_free_sum(evidence, &Evidence::weight),
-          order_free_sum(evidence, &Evidence::weight_sq)};
+          order_free_sum(evidence, &Evidence::weight_sq), order_free_sum(evidence, &Evidence::shared_weight)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ struct Sums {
   inline ElementSums<double> totals() {
     end_block();
     return {over_lanes(blocks.path_sq), over_lanes(blocks.step_sq), over_lanes(blocks.grad_sq),
-            over_lanes(blocks.path_before_sq), over_lanes(blocks.weight), over_lanes(blocks.weight_sq)};
+            over_lanes(blocks.path_before_sq), over_lanes(blocks.path_grad), over_lanes(blocks.weight),
+            over_lanes(blocks.weight_sq)};
   }
 
  private:
@@ -170,7 +171,7 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
   // Not what empty lanes have come to: without eps they hold 0 / 0.
   for (int64_t lane = count; lane < kLanes<T>; ++lane) {
     sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = T(0);
-    sums.path_before_sq[lane] = sums.weight[lane] = sums.weight_sq[lane] = T(0);
+    sums.path_before_sq[lane] = sums.path_grad[lane] = sums.weight[lane] = sums.weight_sq[lane] = T(0);
   }
   return sums;
 }

@@ -182,8 +182,9 @@ __device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, co
       sums[1] += of_element.step_sq;
       sums[2] += of_element.grad_sq;
       sums[3] += of_element.path_before_sq;
-      sums[4] += of_element.weight;
-      sums[5] += of_element.weight_sq;
+      sums[4] += of_element.path_grad;
+      sums[5] += of_element.weight;
+      sums[6] += of_element.weight_sq;
     }
     if (c.moves) paths.store<Turn::kAccess>(first + k * Turn::kStride, path[k]);
   }
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   }
 
   block_reduce(sums, Sum{});
-  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5]};
+  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6]};
 }
 
 // ---------------------------------------------------------------------------------------------------------------

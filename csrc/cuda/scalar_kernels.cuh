@@ -60,7 +60,7 @@ __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_
   for (int column = 0; column < kEvidence; ++column) {
     total[column] = not_finite[column] ? nan("") : from_fixed_point(totals[column], scale[column]);
   }
-  return {total[0], total[1], total[2], total[3], total[4], total[5], total[6]};
+  return {total[0], total[1], total[2], total[3], total[4], total[5], total[6], total[7]};
 }
 
 // Whether this block is the last of `count` to come here, and so sees what all others wrote before they did. The next
@@ -96,13 +96,14 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
     total[1] += static_cast<double>(part.step_sq);
     total[2] += static_cast<double>(part.grad_sq);
     total[3] += static_cast<double>(part.path_before_sq);
-    total[4] += static_cast<double>(part.weight);
-    total[5] += static_cast<double>(part.weight_sq);
+    total[4] += static_cast<double>(part.path_grad);
+    total[5] += static_cast<double>(part.weight);
+    total[6] += static_cast<double>(part.weight_sq);
   }
   block_reduce(total, Sum{});
 
   if (threadIdx.x == 0) {
-    const PathSums sums = sums_of_all(record, {total[0], total[1], total[2], total[3], total[4], total[5]});
+    const PathSums sums = sums_of_all(record, {total[0], total[1], total[2], total[3], total[4], total[5], total[6]});
     if (arguments.after == After::kNothing) {
       arguments.sums[tensor] = sums;
     } else {

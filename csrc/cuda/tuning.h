@@ -50,6 +50,11 @@ constexpr int blocks_per_sm(int threads) {
 #endif
 }
 constexpr int kUpdateBlocks = blocks_per_sm(CLARA_CUDA_UPDATE_THREADS_PER_SM);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// ptxas (CUDA 13.0) takes one register more there than as many threads as elsewhere would leave it.
+constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM - kThreads);
+#else
 constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM);
+#endif
 
 }  // namespace clara::cuda

@@ -41,7 +41,8 @@ struct Names {
   PyObject* max_exp_avg_sq = interned("max_exp_avg_sq");
   PyObject* path = interned("path");
   PyObject* walk[kWalkScalars] = {interned("walk_moment_sq"), interned("walk_path_moment"), interned("walk_path_sq"),
-                                  interned("walk_grad_peak")};
+                                  interned("walk_grad_peak"), interned("walk_cosine"), interned("walk_cosine_sq"),
+                                  interned("walk_cosine_lag")};
 };
 
 const Names& names() {

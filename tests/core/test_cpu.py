@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VARIANTS, core_available
+from helpers import SCALARS, VARIANTS, core_available
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -133,10 +133,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(variant: str, few: bool) ->
 # --- gather ----------------------------------------------------------------------------------------------------------
 
 State = dict[Tensor, dict[str, Any]]
-ENTRIES = (
-    "step", "lr_scale", "walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak", "exp_avg", "exp_avg_sq",
-    "path",
-)  # fmt: skip
+ENTRIES = (*SCALARS, "exp_avg", "exp_avg_sq", "path")
 
 
 def core_module() -> Any:

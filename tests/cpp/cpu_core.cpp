@@ -227,6 +227,7 @@ struct Model {
         Evidence total{};
         for (const Evidence& e : evidence) {
           total.path_sq += e.path_sq, total.weight += e.weight, total.weight_sq += e.weight_sq;
+          total.shared_weight += e.shared_weight;
         }
         cpu::rescale(list, &total, where);
       } else {
@@ -279,12 +280,13 @@ void check_step(const Model& before, const Model& after) {
       *d = std::sqrt((c.amsgrad ? *v_max : *v) / bias2) + before.options.eps;
     };
     double grad = 0, m = 0, v = 0, v_max = 0, d = 0;
-    double path_sq = 0, step_sq = 0, grad_sq = 0, path_before_sq = 0;
+    double path_sq = 0, step_sq = 0, grad_sq = 0, path_before_sq = 0, path_grad = 0;
     for (int64_t p = 0; p < size.path_numel(); ++p) {
       moved(size.element_of(p), &grad, &m, &v, &v_max, &d);
       const double u = m / bias1 / d, path = q * before.paths[t].at(p) + s * u;
       path_sq += path * path, step_sq += u * u, grad_sq += grad / d * grad / d;
       path_before_sq += before.paths[t].at(p) * before.paths[t].at(p);
+      path_grad += before.paths[t].at(p) * grad / d;
       if (!close(after.paths[t].at(p), path, 1e-5)) return wrong("path", after.paths[t].at(p), path);
     }
     const double weight = static_cast<double>(size.run) / size.kept;
@@ -295,11 +297,15 @@ void check_step(const Model& before, const Model& after) {
     if (!close(sums.path_before_sq, weight * path_before_sq, 1e-5)) {
       return wrong("path_before_sq", sums.path_before_sq, weight * path_before_sq);
     }
+    const double cosine_unit = weight * std::sqrt(path_before_sq * grad_sq);
+    if (!close(sums.path_grad, weight * path_grad, 0.0, 1e-5 * cosine_unit + 1e-6)) {
+      return wrong("path_grad", sums.path_grad, weight * path_grad);
+    }
     const double all = static_cast<double>(size.numel);
     expect(close(sums.weight, all, 1e-12) && close(sums.weight_sq, weight * all, 1e-12), where + "weights of 1");
     expect(sums.numel == all, where + "numel");
 
-    // The walk: V, C, P in units of N.
+    // The walk: V, C, P, M in units of N; the cosine, and the averages of its square and its product with the last.
     const std::vector<float>& walk = before.walks[t];
     const double a = s / bias1, was = sums.path_before_sq, is = sums.path_sq;
     const double moment_sq = was == 0.0 ? bias1 * bias1 * sums.step_sq
@@ -311,6 +317,14 @@ void check_step(const Model& before, const Model& after) {
     expect(is == 0.0 || (close(now[0], moment_sq / is, 1e-5) && close(now[1], path_moment / is, 1e-5) &&
                          close(now[2], walk_sq / is, 1e-5) && close(now[3], grad_peak / is, 1e-5)),
            where + "walk");
+    if (was != 0.0 && sums.grad_sq != 0.0) {
+      const double x = sums.path_grad / std::sqrt(was * sums.grad_sq);
+      expect(close(now[4], x, 0.0) && close(now[5], 0.9 * walk[5] + 0.1 * x * x, 0.0) &&
+                 close(now[6], 0.9 * walk[6] + 0.1 * x * walk[4], 0.0),
+             where + "cosines");
+    } else {
+      expect(std::equal(now.begin() + 4, now.end(), walk.begin() + 4), where + "cosines without an angle");
+    }
     expect(is == 0.0 || (after.evidence[t].path_sq == is && close(after.evidence[t].walk_sq, walk_sq, 1e-5) &&
                          close(after.evidence[t].step_walk_sq, moment_sq / (bias1 * bias1), 1e-5)),
            where + "evidence");
@@ -386,7 +400,7 @@ void check_metric() {
     after.run(1, 2, false);
     for (size_t t = 0; t < before.sizes.size(); ++t) {
       const Size& size = before.sizes[t];
-      PathSums expected{0, 0, 0, 0, 0, 0, static_cast<double>(size.numel)};
+      PathSums expected{0, 0, 0, 0, 0, 0, 0, static_cast<double>(size.numel)};
       for (int64_t p = 0; p < size.path_numel(); ++p) {
         const int64_t i = size.element_of(p);
         const double all = static_cast<double>(size.run) / size.kept;
@@ -396,6 +410,7 @@ void check_metric() {
         expected.step_sq += all * d * u * u;
         expected.grad_sq += all * grad * grad / d;
         expected.path_before_sq += all * d * before.paths[t].at(p) * before.paths[t].at(p);
+        expected.path_grad += all * before.paths[t].at(p) * grad;
         expected.weight += all * d;
         expected.weight_sq += all * d * all * d;
       }
@@ -403,7 +418,9 @@ void check_metric() {
       expect(close(sums.path_sq, expected.path_sq, 1e-5) && close(sums.step_sq, expected.step_sq, 1e-5) &&
                  close(sums.grad_sq, expected.grad_sq, 1e-5) && close(sums.weight, expected.weight, 1e-5) &&
                  close(sums.weight_sq, expected.weight_sq, 1e-5) &&
-                 close(sums.path_before_sq, expected.path_before_sq, 1e-5) && sums.numel == expected.numel,
+                 close(sums.path_before_sq, expected.path_before_sq, 1e-5) && sums.numel == expected.numel &&
+                 close(sums.path_grad, expected.path_grad, 0.0,
+                       1e-5 * std::sqrt(expected.path_before_sq * expected.grad_sq)),
              std::string(name_of(dtype)) + ": sums in Adam's metric of tensor " + std::to_string(t));
     }
   }

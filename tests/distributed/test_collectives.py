@@ -21,8 +21,8 @@ import clara_fused
 from clara_fused.distributed import collectives
 
 CHECKSUM_BYTES = 32 * 8
-ROW_BYTES = 7 * 8  # of adaptation.PathSums
-TOTAL_BYTES = 7 * 8  # of adaptation.Evidence
+ROW_BYTES = 8 * 8  # of adaptation.PathSums
+TOTAL_BYTES = 8 * 8  # of adaptation.Evidence
 
 
 class SentSums:

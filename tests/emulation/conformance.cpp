@@ -178,7 +178,9 @@ struct Tensor {
   }
   WalkState walk_state() const {
     return {static_cast<float>(walk[0].get(0)), static_cast<float>(walk[1].get(0)),
-            static_cast<float>(walk[2].get(0)), static_cast<float>(walk[3].get(0))};
+            static_cast<float>(walk[2].get(0)), static_cast<float>(walk[3].get(0)),
+            static_cast<float>(walk[4].get(0)), static_cast<float>(walk[5].get(0)),
+            static_cast<float>(walk[6].get(0))};
   }
 };
 
@@ -194,7 +196,8 @@ class Optimizer {
       t.step.set(0, steps[random_() % std::size(steps)]);
       t.lr_scale.set(0, setup.variant == Variant::kGlobal ? 1.0 : uniform(0.5, 2.0));
       const double walk_size = random_() % 4 == 0 ? 0.0 : static_cast<double>(t.size.numel) + 1.0;
-      for (Array& scalar : t.walk) scalar.set(0, walk_size * uniform(0.1, 1.0));
+      for (size_t k = 0; k < 4; ++k) t.walk[k].set(0, walk_size * uniform(0.1, 1.0));
+      for (size_t k = 4; k < t.walk.size(); ++k) t.walk[k].set(0, uniform(k == 5 ? 0.0 : -1.0, 1.0));  // cosines
       for (int64_t k = 0; k < t.param.count(); ++k) {
         t.param.set(k, uniform(-1.0, 1.0));
         t.exp_avg.set(k, uniform(-0.1, 0.1));
@@ -251,7 +254,7 @@ class Optimizer {
     const auto offsets = clara::cuda::layout(list_);
     const auto* parts = reinterpret_cast<const ElementSums<float>*>(memory_.data() + offsets.partial_sums);
     const Size& size = tensors_[i]->size;
-    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
+    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
     const double weight = static_cast<double>(size.run) / size.kept;
     const int64_t first = records_[row].first_path_chunk;
     for (int64_t chunk = first; chunk * kPathChunk < first * kPathChunk + size.path_numel(); ++chunk) {
@@ -259,6 +262,7 @@ class Optimizer {
       sums.step_sq += weight * parts[chunk].step_sq;
       sums.grad_sq += weight * parts[chunk].grad_sq;
       sums.path_before_sq += weight * parts[chunk].path_before_sq;
+      sums.path_grad += weight * parts[chunk].path_grad;
       sums.weight += weight * parts[chunk].weight;
       sums.weight_sq += weight * weight * parts[chunk].weight_sq;
     }
@@ -437,6 +441,7 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
       to.step_sq += factor * of_element.step_sq;
       to.grad_sq += factor * of_element.grad_sq;
       to.path_before_sq += factor * of_element.path_before_sq;
+      to.path_grad += factor * of_element.path_grad;
       to.weight += factor * of_element.weight;
       to.weight_sq += factor * weight * of_element.weight_sq;
     };
@@ -449,6 +454,7 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
   require_close(sums.step_sq, want.step_sq, tolerance.step_sq, {index}, "step_sq");
   require_close(sums.grad_sq, want.grad_sq, tolerance.grad_sq, {index}, "grad_sq");
   require_close(sums.path_before_sq, want.path_before_sq, tolerance.path_before_sq, {index}, "path_before_sq");
+  require_close(sums.path_grad, want.path_grad, tolerance.path_grad, {index}, "path_grad");
   require_close(sums.weight, want.weight, tolerance.weight, {index}, "weight");
   require_close(sums.weight_sq, want.weight_sq, tolerance.weight_sq, {index}, "weight_sq");
   REQUIRE(sums.numel == static_cast<double>(after.size.numel));
@@ -464,6 +470,9 @@ Evidence check_advanced(const GroupOptions& options, const Tensor& before, const
   require_close(got.path_moment, want.path_moment, 1e-6 * want.path_moment, {index}, "walk_path_moment");
   require_close(got.path_sq, want.path_sq, 1e-6 * want.path_sq, {index}, "walk_path_sq");
   require_close(got.grad_peak, want.grad_peak, 1e-6 * want.grad_peak, {index}, "walk_grad_peak");
+  require_close(got.cosine, want.cosine, 1e-6, {index}, "walk_cosine");
+  require_close(got.cosine_sq, want.cosine_sq, 1e-6, {index}, "walk_cosine_sq");
+  require_close(got.cosine_lag, want.cosine_lag, 1e-6, {index}, "walk_cosine_lag");
   return clara::evidence_of(sums, got, options, after.step.get(0));
 }
 
@@ -640,7 +649,7 @@ void infinite_gradients_change_nothing() {
     Optimizer optimizer(setup);
     const auto& list = optimizer.list();
     std::vector<PathSums> sums(setup.sizes.size());
-    std::vector<Evidence> evidence(setup.sizes.size(), Evidence{1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0});
+    std::vector<Evidence> evidence(setup.sizes.size(), Evidence{1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0});
     require_unchanged_by(optimizer, [&] { clara::cuda::step(list, optimizer.placement()); });
     require_unchanged_by(optimizer, [&] {
       clara::cuda::measure(list, sums.data(), optimizer.placement());

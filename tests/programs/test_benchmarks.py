@@ -102,7 +102,7 @@ def test_state_is_counted_on_fewer_rows_as_on_all():
     )
     ours = state_bytes.state_bytes(state_bytes.OPTIMIZERS["AdamClaraLocal"], model, torch.float32)
     # Moments and a sixteenth of a path; small tensors' whole paths; count, scale and walk of every tensor.
-    assert ours == 8.25 * 2048 * 1024 + 12 * 128 + 3 * 6 * 4
+    assert ours == 8.25 * 2048 * 1024 + 12 * 128 + 3 * 9 * 4
     for label in ("Prodigy", "Schedule-free AdamW"):
         pytest.importorskip("prodigyopt")
         pytest.importorskip("schedulefree")
