@@ -90,7 +90,7 @@ class Evidence(NamedTuple):
     step_walk_sq: Tensor  # what U is expected to be
     weight: Tensor  # D
     weight_sq: Tensor  # D2: what varies independently has variances that add up
-    shared_weight: Tensor  # D sqrt(s), of shared noise: what varies together has standard deviations that add up
+    shared_weight: Tensor  # D sqrt(h), of shared noise: what varies together has standard deviations that add up
 
 
 def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
@@ -170,11 +170,11 @@ def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tenso
 
 
 def _shared_noise(walk: Walk) -> Tensor:
-    """s = 1 / n' of noise that elements share: so many independent elements would tell as much as these do.
+    """h = 1 / n' of noise that elements share: n' independent elements would tell as much as these do.
 
-    x^2 is on average one over that number, as long as gradients are independent of those before them. Where x stays as
-    it was, or changes its sign at every step, they are not. A little of it shows wherever something is learned, so it
-    counts from 1/40 on, and in full from 1/20.
+    x^2 is on average h, as long as gradients are independent of those before them. Where they are not, because steps
+    agree or alternate, x times the x before it is as large on average, and is subtracted. A little is left wherever
+    something is learned, so it counts from 1/40 on, and in full from 1/20.
     """
     shared = walk.cosine_sq - walk.cosine_lag.abs()
     return torch.minimum(shared, 2.0 * shared - 0.05).clamp(min=0.0)

@@ -239,7 +239,7 @@ struct WalkState {
   float cosine, cosine_sq, cosine_lag;
 };
 constexpr int kWalkScalars = 7;
-constexpr double kPeakMemory = 0.98;    // of M that is left after a step of smaller gradients
+constexpr double kPeakMemory = 0.98;   // of M that is left after a step of smaller gradients
 constexpr double kCosineMemory = 0.9;  // of the averages of x that is left after a step
 
 // What the excess is computed from.
@@ -251,8 +251,8 @@ struct Evidence {
   double step_sq;       // U
   double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
   double weight;        // D
-  double weight_sq;     // D2: what varies independently has variances that add up
-  double shared_weight;  // D sqrt(s), of shared noise: what varies together has standard deviations that add up
+  double weight_sq;      // D2: what varies independently has variances that add up
+  double shared_weight;  // D sqrt(h), of shared noise: what varies together has standard deviations that add up
 };
 constexpr int kEvidence = 8;
 
@@ -304,10 +304,10 @@ CLARA_HD double unit_walk(const GroupOptions& options) {
   return (1.0 - beta1) / (1.0 + beta1) * (1.0 + correlation) / (1.0 - correlation);
 }
 
-// s = 1 / n' of noise that elements share: so many independent elements would tell as much as these do. x^2 is on average
-// one over that number, as long as gradients are independent of those before them. Where x stays as it was, or changes its
-// sign at every step, they are not. A little of it shows wherever something is learned, so it counts from 1/40 on, and in
-// full from 1/20.
+// h = 1 / n' of noise that elements share: n' independent elements would tell as much as these do. x^2 is on average h, as
+// long as gradients are independent of those before them. Where they are not, because steps agree or alternate, x times the
+// x before it is as large on average, and is subtracted. A little is left wherever something is learned, so it counts from
+// 1/40 on, and in full from 1/20.
 CLARA_HD double shared_noise(const WalkState& walk) {
   const double lag = static_cast<double>(walk.cosine_lag);
   const double shared = static_cast<double>(walk.cosine_sq) - (lag < 0.0 ? -lag : lag);

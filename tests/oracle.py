@@ -416,7 +416,7 @@ class Walk:
 
 
 def shared_noise(walk: Walk) -> Number:
-    """s: one over the number of independent elements that noise which elements share is worth."""
+    """h: one over the number of independent elements that noise which elements share is worth."""
     shared = walk.cosine_sq - absolute(walk.cosine_lag)
     return maximum(minimum(shared, shared * 2.0 - 0.05), 0.0)
 
@@ -430,7 +430,7 @@ class Evidence:
     step_walk_sq: Number = 0.0  # what U is expected to be
     weight: Number = 0.0  # D
     weight_sq: Number = 0.0  # D2
-    shared_weight: Number = 0.0  # D sqrt(s)
+    shared_weight: Number = 0.0  # D sqrt(h)
 
     @classmethod
     def of(cls, options: Options, step: int, sums: Sums, walk: Walk) -> Evidence:

@@ -51,7 +51,7 @@ constexpr int blocks_per_sm(int threads) {
 }
 constexpr int kUpdateBlocks = blocks_per_sm(CLARA_CUDA_UPDATE_THREADS_PER_SM);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-// ptxas (CUDA 13.0) takes one register more there than as many threads as elsewhere would leave it.
+// There ptxas (CUDA 13.0) needs more registers than are left if as many threads as elsewhere share them.
 constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM - kThreads);
 #else
 constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM);
