@@ -151,20 +151,9 @@ def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tenso
     step_walk_sq = walk.moment_sq * s.path_sq / bias_correction(options.log_beta1, steps) ** 2
     remembered = torch.minimum(s.weight, walk.grad_peak * s.path_sq)
     long_walk_sq = unit_walk(options.beta1, options.smoothing) * remembered
-    shared_weight = _shared_noise(walk).sqrt() * s.weight
-    evidence = torch.stack(
-        Evidence(
-            s.path_sq,
-            walk.path_sq * s.path_sq,
-            long_walk_sq,
-            s.step_sq,
-            step_walk_sq,
-            s.weight,
-            s.weight_sq,
-            shared_weight,
-        ),
-        -1,
-    )
+    walk_sq, shared_weight = walk.path_sq * s.path_sq, _shared_noise(walk).sqrt() * s.weight
+    row = Evidence(s.path_sq, walk_sq, long_walk_sq, s.step_sq, step_walk_sq, s.weight, s.weight_sq, shared_weight)
+    evidence = torch.stack(row, -1)
     nothing = torch.zeros_like(evidence)
     return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
 

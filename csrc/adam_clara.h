@@ -257,6 +257,7 @@ struct Evidence {
 constexpr int kEvidence = 8;
 
 CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
+// Of a number and what is not a number the second.
 CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
 CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
 
@@ -278,7 +279,7 @@ CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, co
     path_sq = q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq;
     path_moment = q * path_moment + a * moment_sq;
   }
-  const double grad_peak = larger(kPeakMemory * walk.grad_peak * before, sums.grad_sq);
+  const double grad_peak = larger(sums.grad_sq, kPeakMemory * walk.grad_peak * before);
   const auto in_units_of_path = [&](double value) { return static_cast<float>(value / sums.path_sq); };
   WalkState next = walk;
   next.moment_sq = in_units_of_path(moment_sq);
@@ -294,7 +295,8 @@ CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, co
     next.cosine_sq = averaged(walk.cosine_sq, x * x);
     next.cosine_lag = averaged(walk.cosine_lag, x * last);
   }
-  const float sum = next.moment_sq + next.path_moment + next.path_sq + next.grad_peak + next.cosine_sq;
+  const float sum = next.moment_sq + next.path_moment + next.path_sq + next.grad_peak + next.cosine + next.cosine_sq +
+                    next.cosine_lag;
   return is_finite(sum) ? next : walk;
 }
 
@@ -311,7 +313,7 @@ CLARA_HD double unit_walk(const GroupOptions& options) {
 CLARA_HD double shared_noise(const WalkState& walk) {
   const double lag = static_cast<double>(walk.cosine_lag);
   const double shared = static_cast<double>(walk.cosine_sq) - (lag < 0.0 ? -lag : lag);
-  return larger(smaller(shared, 2.0 * shared - 0.05), 0.0);
+  return larger(0.0, smaller(shared, 2.0 * shared - 0.05));
 }
 
 // Zeros, so no vote, where nothing moves or the gradients are all zero.

@@ -21,6 +21,7 @@ from helpers import (
     StepCheck,
     all_params,
     clones,
+    core_available,
     frozen,
     parameters,
     results,
@@ -668,6 +669,24 @@ def test_a_path_that_no_longer_fits_starts_anew(variant: str, fused: bool) -> No
     assert [path.shape for path in paths] == [(64, 1024), (3, 4)]
     torch.testing.assert_close(optimizer.lr_scales()[0], scale, rtol=0, atol=0)  # zero gradients teach nothing
     assert all(float(optimizer.state[param]["step"]) == 3 for param in params)
+
+
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+@pytest.mark.parametrize("name", WALK)
+def test_a_walk_that_is_not_a_number_is_the_same_to_both_back_ends(name: str, variant: str) -> None:
+    """Of a damaged checkpoint, say. Adam's part of the step goes on."""
+    scales = []
+    for fused in (False, True):
+        (param,) = parameters([(50, 30)])
+        optimizer = VARIANTS[variant]([param], fused=fused, **LIVELY[variant])
+        for step in range(8):
+            if step == 3:
+                optimizer.state[param][name].fill_(float("nan"))
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        scales.append(optimizer.state[param]["lr_scale"].item())
+        assert optimizer.state[param]["step"].item() == 8 and param.isfinite().all()
+    assert scales[0] == pytest.approx(scales[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "path"])
