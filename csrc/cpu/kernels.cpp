@@ -15,9 +15,9 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 
 // How far ahead of the arithmetic the memory is asked for. The hardware's own prefetching stops at every page, and
-// with four streams or more at once that shows. Of a sample, whose pieces lie a page apart, it sees nothing at all.
+// with four streams or more at once that shows. Of a sample, whose pieces lie up to a page apart, it sees nothing at all.
 constexpr int64_t kPrefetchLines = 16;
-constexpr int64_t kPrefetchPieces = 2;
+constexpr int64_t kPrefetchSampled = 192;  // elements of a sample
 
 template <typename T>
 constexpr int64_t kElementsPerLine = kCacheLine / static_cast<int64_t>(sizeof(T));
@@ -163,10 +163,13 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
   Copies<T, Param, Grad> copies(s, c.adam.coupled_decay != T(0), [&](const auto* from, auto& to) {
     kept < count ? to.take(from + i, count, kept, run) : to.take(from + i, count);
   });
-  Copy<T, T> path;
-  path.take(s.path + p, count);
-  copies.streams.path = path.elements;
+  Copy<T, T> path;  // of less than a vector: the path lies side by side
+  const bool is_full = count == kLanes<T>;
+  if (!is_full) path.take(s.path + p, count);
+  copies.streams.path = is_full ? s.path + p : path.elements;
+  // Called in one place: of two inlined copies the compiler might contract one otherwise, and their last bits differ.
   ElementSums<Vector<T>> sums = measure_vector(copies.streams, 0, 0, c);
+  if (is_full) return sums;
   if (c.moves) path.give(s.path + p, count);
   // Not what empty lanes have come to: without eps they hold 0 / 0.
   for (int64_t lane = count; lane < kLanes<T>; ++lane) {
@@ -183,7 +186,8 @@ ElementSums<double> measure_chunk(const Chunk& chunk, const void* coefficients) 
   const Streams<T, Param, Grad> s(chunk);
   const bool whole = chunk.kept == chunk.run;  // one piece
   const int64_t count = chunk.count, kept = whole ? count : chunk.kept, run = whole ? count : chunk.run;
-  const int64_t ahead = whole ? kPrefetchLines * kElementsPerLine<T> : kPrefetchPieces * run;
+  const int64_t ahead =
+      whole ? kPrefetchLines * kElementsPerLine<T> : std::max<int64_t>(1, kPrefetchSampled / kept) * run;
   Sums<T> sums;
   int64_t p = 0;
   if (kept >= kLanes<T>) {
@@ -198,7 +202,9 @@ ElementSums<double> measure_chunk(const Chunk& chunk, const void* coefficients) 
   for (; p < count; p += kLanes<T>) {
     if (p % Sums<T>::kBlock == 0) sums.end_block();
     const int64_t i = p / kept * run + p % kept;
-    if (!whole) s.prefetch(i + ahead, c.adam.coupled_decay != T(0));
+    for (int64_t piece = 0; piece < kLanes<T> && !whole; piece += kept) {
+      s.prefetch(i + ahead + piece / kept * run, c.adam.coupled_decay != T(0));
+    }
     add(sums.block, measure_copies(s, i, p, std::min<int64_t>(kLanes<T>, count - p), kept, run, c));
   }
   return sums.totals();
