@@ -167,7 +167,7 @@ class AdamClara(Constructor, Optimizer):
         if self.fused is False or loading.core_or_warning() is None:
             return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
-        if not irregular and self._hold_the_scale(buckets):
+        if not irregular and (not self.one_scale or self._hold_the_scale(buckets)):
             return buckets
         works = self._prepare(inputs, irregular)
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)  # with what only lacked its state
@@ -257,8 +257,6 @@ class AdamClara(Constructor, Optimizer):
 
         All tensors that the core takes on a device hold the same, so one of them tells.
         """
-        if not self.one_scale:
-            return True
         held = [self.state[bucket.params[0]]["lr_scale"] for bucket in buckets]
         return all(scale is self._shared_scales().get(scale.device) for scale in held)
 

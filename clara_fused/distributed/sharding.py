@@ -47,11 +47,12 @@ def join(optimizer: Any, inputs: StepInputs) -> tuple[RankSums | None, StepInput
         RuntimeError: the process group was lost in a pickle.
         ValueError: a parameter is placed in a way that cannot be stepped.
     """
-    if optimizer._process_group.lost:
+    reference = optimizer._process_group
+    if reference.lost:
         raise RuntimeError(
             "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
         )
-    groups, process_group = optimizer.param_groups, optimizer.process_group
+    groups, process_group = optimizer.param_groups, reference.group
     if not needs_sums(groups, process_group):
         optimizer._ranks = None
         return None, inputs

@@ -340,7 +340,7 @@ class Gatherer {
   // Runs no code of anybody's.
   void read_state(const py::dict& state, bool one_scale) {
     StateTable table(state.ptr());
-    constexpr size_t kEntriesOfMost = 8;
+    constexpr size_t kEntriesOfMost = kWalkScalars + 5;  // step, scale, two moments, path
     owners_->reserve(owners_->size() + kEntriesOfMost * candidates_.size());
     for (Candidate& candidate : candidates_) {
       PyObject* values = table.find(candidate.param);
