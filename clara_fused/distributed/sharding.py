@@ -47,12 +47,12 @@ def join(optimizer: Any, inputs: StepInputs) -> tuple[RankSums | None, StepInput
         RuntimeError: the process group was lost in a pickle.
         ValueError: a parameter is placed in a way that cannot be stepped.
     """
-    reference = optimizer._process_group
-    if reference.lost:
+    held = optimizer._process_group
+    if held.lost:
         raise RuntimeError(
             "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
         )
-    groups, process_group = optimizer.param_groups, reference.group
+    groups, process_group = optimizer.param_groups, held.group
     if not needs_sums(groups, process_group):
         optimizer._ranks = None
         return None, inputs
