@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "table-training": ("train_gpt", tables.loss_table),
     "table-state": ("state_bytes", tables.state_table),
 }
-DEVICES = ("cpu", "avx512", "cuda")  # avx512: results of a CPU of the other kind, renamed by hand
+DEVICES = ("cpu", "avx512", "cuda")  # avx512: results of a CPU with AVX-512, renamed by hand
 # Of no device, and from no result.
 CONSTANTS: dict[str, Callable[[], str]] = {"table-bytes": tables.bytes_table}
 NAMES = [*CONSTANTS, *(f"{name}-{device}" for device in DEVICES for name in (*PLOTS, *TABLES))]
