@@ -29,7 +29,6 @@ from .report import (
     one_rate_table,
     peer_table,
     sampling_table,
-    span_table,
     summary_table,
     target_table,
 )
@@ -86,7 +85,7 @@ def with_tables(text: str, study: Study, docs: Path) -> str:
         "trajectories": lambda: picture("trajectories", "Effective learning rate over the steps"),
     }
     for kind in KINDS:
-        for name, table in (("one-rate", one_rate_table), ("span", span_table), ("peers", peer_table)):
+        for name, table in (("one-rate", one_rate_table), ("peers", peer_table)):
             tables[f"{name}-{kind}"] = lambda table=table, kind=kind: markdown(table(study, kind))  # type: ignore[misc]
     return MARKED.sub(lambda match: match[1] + (tables[match[2]]() if study.cells else NOT_YET) + match[4], text)
 

@@ -139,20 +139,23 @@ def sampling_table(study: Study) -> Table:
 
 
 def long_table(study: Study) -> Table:
+    """A row per optimizer and rate that some long task was run from."""
+    tasks = [task.name for task in LONG_TASKS if task.name in study.tasks]
     rows = []
-    for task in (task.name for task in LONG_TASKS if task.name in study.tasks):
-        for name in study.optimizers:
-            for lr in study.rates(task, name):
-                losses = [number(study.mean(task, name, lr, kind)) for kind in KINDS]
-                rows.append([f"{TASKS[task].label}, {label(name)}, from {lr_text(lr)}", *losses])
-    return Table("ten times the steps", ["", *(f"{kind} loss" for kind in KINDS)], rows)
+    for name in study.optimizers:
+        for lr in sorted({lr for task in tasks for lr in study.rates(task, name)}):
+            losses = [number(study.mean(task, name, lr, kind)) for task in tasks for kind in KINDS]
+            rows.append([f"{label(name)}, from {lr_text(lr)}", *losses])
+    titles = [f"{TASKS[task].label}: {kind}" for task in tasks for kind in KINDS]
+    return Table("ten times the steps", ["", *titles], rows)
 
 
 def coverage(study: Study) -> str:
     runs = sum(map(len, study.cells.values()))
     fewest, most = study.seeds()
     seeds = f"{fewest} to {most} seeds" if fewest != most else f"{most} seed{'s' if most > 1 else ''}"
-    return f"Recorded so far: {runs} runs on {len(study.tasks)} tasks, {seeds}.\n"
+    tasks = len(set(study.tasks) - {task.name for task in LONG_TASKS})
+    return f"Recorded so far: {runs} runs on {tasks} tasks, {seeds}.\n"
 
 
 def print_report(console: Console, study: Study) -> None:
