@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -30,13 +30,6 @@ from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, mov
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
-
-
-class _InitialScale(NamedTuple):
-    """What the first parameter of a group that got a state began with."""
-
-    param_id: int  # a weak reference would keep Module.to from exchanging the parameter of a sharded model
-    scale: float | Tensor
 
 
 class AdamClara(Constructor, Optimizer):
@@ -78,8 +71,9 @@ class AdamClara(Constructor, Optimizer):
         self._signatures: dict[int, tuple[object, ...]] = {}
         # Under AdamClaraGlobal the one scale, by device that holds it; empty where not known.
         self._scales: dict[torch.device, Tensor] = {}
-        # By the group's id. Who joins a group later begins as those did that are there.
-        self._initial_scales: dict[int, _InitialScale] = {}
+        # What the first parameter of a group to get a state began with, by its id (a weak reference would keep
+        # Module.to from exchanging the parameter of a sharded model). Who joins the group later begins as it did.
+        self._initial_scales: dict[int, float | Tensor] = {}
 
     @property
     def process_group(self) -> Any:
@@ -233,7 +227,7 @@ class AdamClara(Constructor, Optimizer):
         else:
             scale = self._initial_scale(group_index, options)
             if self._known_initial_scale(group) is None:
-                self._initial_scales[id(group)] = _InitialScale(id(param), scale)
+                self._initial_scales[id(param)] = scale
         state.complete(entry, param, options[group_index], scale, self.process_group is not None)
         if self.one_scale:
             own: Tensor = entry["lr_scale"]
@@ -279,11 +273,10 @@ class AdamClara(Constructor, Optimizer):
 
     def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
         """What the group began with, as long as it has the parameter that did, and this has its state."""
-        known = self._initial_scales.get(id(group))
-        if known is None:
-            return None
-        states = (self.state.get(param, {}) for param in group["params"] if id(param) == known.param_id)
-        return known.scale if "lr_scale" in next(states, {}) else None
+        for param in group["params"]:
+            if id(param) in self._initial_scales and "lr_scale" in self.state.get(param, {}):
+                return self._initial_scales[id(param)]
+        return None
 
     def _size(self, group_index: int) -> Tensor:
         if self._ranks is not None:
@@ -401,12 +394,14 @@ class AdamClara(Constructor, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in _PERSISTENT_ATTRIBUTES}
-        return {**super().__getstate__(), **kept}
+        params = (param for group in self.param_groups for param in group["params"])
+        began = [(param, self._initial_scales[id(param)]) for param in params if id(param) in self._initial_scales]
+        return {**super().__getstate__(), **kept, "_initial_scales": began}
 
     def __setstate__(self, new: dict[str, Any]) -> None:
         """Restore from a pickle (all attributes) or from ``load_state_dict`` (state and param groups)."""
         new = dict(new)
-        groups = new["param_groups"]
+        groups, began = new["param_groups"], new.pop("_initial_scales", ())
         reader = OptionReader(self.option_names, self.one_scale)
         templates = self.param_groups if hasattr(self, "param_groups") else [new["defaults"]] * len(groups)
         group_steps = [group.get("step") for group in groups]
@@ -429,6 +424,7 @@ class AdamClara(Constructor, Optimizer):
         if not hasattr(self, "_core"):  # out of a pickle; else what CUDA graphs have captured has to stay
             self._core = core_buckets.Gatherer(self.one_scale)
         self._forget_caches()
+        self._initial_scales = {id(param): scale for param, scale in began}
         if self.one_scale:
             self._shared_scales()
 

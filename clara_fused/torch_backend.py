@@ -176,7 +176,7 @@ class TorchBucket:
             flat = flat if sample == WHOLE else sample.view(flat).reshape(-1)
             array = flat.unsqueeze(0)
         else:
-            array = torch.stack(pieces).view(len(pieces), pieces[0].numel())
+            array = torch.stack(pieces).reshape(len(pieces), pieces[0].numel())  # of channels_last ones not contiguous
         return array.to(self._dtype, copy=copy and len(pieces) == 1)
 
     def _store(self, values: Tensor, pieces: list[Tensor], keep: Tensor | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -289,3 +292,22 @@ def test_who_joins_a_group_begins_as_the_others_did(variant: str, fused: bool) -
     set_gradients(params, 1)
     optimizer.step()
     assert optimizer.lr_scales()[0].tolist() == [began] * 2
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
+)
+def test_who_joins_a_copy_begins_as_the_others_did(copied: Callable[[Any], Any], variant: str, fused: bool) -> None:
+    """Under another rate than theirs: a warm-up is over, a layer thaws."""
+    first, late = parameters([(40,), (30,)])
+    optimizer = VARIANTS[variant]([first, late], lr=5.0, clip=(1.0, 1.0), fused=fused)
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 50.0
+    twin, late_twin = copied((optimizer, late))
+    late.grad, late_twin.grad = torch.ones_like(late), torch.ones_like(late)
+    optimizer.step()
+    twin.step()
+    began = optimizer.lr_scales()[0].tolist()
+    assert began[0] == began[1]
+    assert twin.lr_scales()[0].tolist() == began

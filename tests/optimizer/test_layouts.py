@@ -80,6 +80,21 @@ def test_layouts(param_layout: str, grad_layout: str, dtype: torch.dtype, fused:
         assert torch.equal(storage_of(param.data)[~used], gaps)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "each its own"])
+def test_several_of_one_shape(layout: str, variant: str, fused: bool) -> None:
+    """The PyTorch back end stacks small ones; a stack of channels_last tensors is no contiguous one."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((3, 4, 5, 6), generator=generator)
+    chosen = list(LAYOUTS.values()) if layout == "each its own" else [LAYOUTS[layout]] * 3
+    params = [torch.nn.Parameter(lay_out(values)) for lay_out in chosen]
+    optimizer = VARIANTS[variant](params, fused=unforced(fused), amsgrad=True, **LIVELY[variant])
+    check = StepCheck(variant, optimizer)
+    for _ in range(3):
+        for param, lay_out in zip(params, chosen, strict=True):
+            param.grad = lay_out(torch.randn(values.shape, generator=generator))
+        check.step()
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every second"])
 def test_the_core_alone_refuses_other_layouts(layout: str, variant: str, fused: bool) -> None:
     """fused=True says which tensor, and that fused=None would serve it; nothing has changed."""
