@@ -179,11 +179,14 @@ def excess(e: Evidence) -> Tensor:
     count = e.weight * e.weight / torch.maximum(e.weight_sq, e.shared_weight * e.shared_weight)  # n'
     # Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
     above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.long_walk_sq), count, 32.0)
-    # Short, and more so than the momentum can tell within its few steps.
+    # Short, and more so than the momentum can tell within its few steps; or all of it cancelled within these.
     ratio = e.path_sq / e.walk_sq
     agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)
-    rest = 0.4 * torch.maximum(agreement**4, 0.5 * (1.0 - agreement) ** 4)
-    below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, count, 8.0), 1.0 - rest / ratio).clamp(max=0.0)
+    lost = 1.0 - agreement
+    alternating = torch.maximum(0.2 * lost**4, lost * (ratio / agreement).clamp(max=1.0) ** 2)
+    rest = torch.maximum(0.4 * agreement**4, alternating)
+    below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, count, 8.0), 1.0 - rest / _with_prior(ratio, count, 2.0))
+    below = below.clamp(max=0.0)
     return torch.where(above > 1.25, 1.0 - 1.25 / above, below)
 
 

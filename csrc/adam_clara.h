@@ -337,7 +337,7 @@ CLARA_HD double with_prior(double ratio, double count, double neutral) {
   return ratio + (1.0 - ratio) * neutral / (count + neutral);
 }
 
-CLARA_HD double fourth_power(double x) { return x * x * x * x; }
+CLARA_HD double square(double x) { return x * x; }
 
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
 CLARA_HD double excess(const Evidence& e) {
@@ -348,11 +348,12 @@ CLARA_HD double excess(const Evidence& e) {
   const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), count, 32.0);
   if (above > 1.25) return 1.0 - 1.25 / above;
   // Short, and more so than the momentum can tell within its few steps: what cancels that fast are fast modes, which do
-  // not grow worse with time; unless they leave nothing at all.
+  // not grow worse with time. Unless they leave nothing at all, or nothing cancels but they: that settles never.
   const double ratio = e.path_sq / e.walk_sq;
-  const double agreement = smaller(e.step_sq / e.step_walk_sq, 1.0);
-  const double rest = 0.4 * larger(fourth_power(agreement), 0.5 * fourth_power(1.0 - agreement));
-  const double below = larger(1.0 - 0.5 / with_prior(ratio, count, 8.0), 1.0 - rest / ratio);
+  const double agreement = smaller(e.step_sq / e.step_walk_sq, 1.0), lost = 1.0 - agreement;
+  const double alternating = larger(0.2 * square(square(lost)), lost * square(smaller(ratio / agreement, 1.0)));
+  const double rest = larger(0.4 * square(square(agreement)), alternating);
+  const double below = larger(1.0 - 0.5 / with_prior(ratio, count, 8.0), 1.0 - rest / with_prior(ratio, count, 2.0));
   return below < 0.0 ? below : 0.0 * below;  // not a number stays none
 }
 

@@ -272,15 +272,27 @@ def climb(
 
 
 def steps_to_fall_tenfold(
-    variant: str, fused: bool | None = None, numel: int = 4096, most: int = 200, **options: Any
+    variant: str,
+    fused: bool | None = None,
+    numel: int = 4096,
+    most: int = 200,
+    spread: float = 0.0,
+    growth: float = 1.0,
+    **options: Any,
 ) -> int:
-    """Steps of gradients that alternate in sign until the scale is a tenth of what it was; `most`: later or never."""
+    """Steps of gradients that alternate in sign until the scale is a tenth of what it was; `most`: later or never.
+
+    Args:
+        spread: each element's size is drawn anew at every step, within this share of its own.
+        growth: factor a step of all sizes.
+    """
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.ones(numel))
     optimizer = VARIANTS[variant]([param], lr=1e-3, fused=fused, initial_scale=1.0, **options)
     gradient = torch.randn(numel, generator=generator)
     for step in range(1, most):
-        param.grad = gradient if step % 2 else -gradient
+        sizes = growth**step * (1.0 + spread * (2.0 * torch.rand(numel, generator=generator) - 1.0))
+        param.grad = gradient * sizes if step % 2 else -gradient * sizes
         optimizer.step()
         if float(optimizer.lr_scales()[0][0]) <= 0.1:
             return step
@@ -330,12 +342,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             before, *after = scales_over_zeros(variant, fused, **options)
             still = all(scales == before for scales in after)
             rate, fall = climb(variant, fused, **options), steps_to_fall_tenfold(variant, fused, **options)
+            uneven = steps_to_fall_tenfold(variant, fused, spread=0.75, **options)
             print(
                 f"{variant}: {'rests' if still else '✗ MOVES'} on zero gradients; climbs {100 * (rate - 1):.1f}% a "
                 f"step from a rate 1000 times too small{'' if rate >= 1.04 else ' ✗'}; falls tenfold in {fall} steps "
-                f"of alternating gradients{'' if fall <= 60 else ' ✗'}"
+                f"of alternating gradients{'' if fall <= 60 else ' ✗'}, in {uneven}{'' if uneven <= 60 else ' ✗'} "
+                "where their sizes vary by 75%"
             )
-            all_hold &= still and rate >= 1.04 and fall <= 60
+            all_hold &= still and rate >= 1.04 and max(fall, uneven) <= 60
     print(f"\n{time.perf_counter() - started:.0f} s")
     return 0 if all_hold else 1
 

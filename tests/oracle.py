@@ -471,9 +471,10 @@ def excess(e: Evidence) -> float:
         return 1 - 1.25 / above
     r = e.path_sq / e.walk_sq
     agreement = min(e.step_sq / e.step_walk_sq, 1.0)
-    rest = 0.4 * max(agreement**4, (1 - agreement) ** 4 / 2)
-    r_with_prior = (count * r + 8) / (count + 8)
-    return min(0.0, max(1 - 0.5 / r_with_prior, 1 - rest / r))
+    lost = 1 - agreement
+    alternating = max(0.2 * lost**4, lost * min(r, agreement) ** 2 / agreement**2)
+    rest = max(0.4 * agreement**4, alternating)
+    return min(0.0, max(1 - 0.5 * (count + 8) / (count * r + 8), 1 - rest * (count + 2) / (count * r + 2)))
 
 
 def next_scale(options: Options, scale: float, e: Evidence) -> float:

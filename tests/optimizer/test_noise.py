@@ -5,6 +5,8 @@ The cases and the program that prints them as a table are in study/noise.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from study import noise
@@ -51,5 +53,10 @@ def test_smoothed_climbs_at_least_as_fast(fused: bool) -> None:
     assert noise.climb("Smoothed", fused) >= 0.9999 * noise.climb("Local", fused)
 
 
-def test_falls_tenfold_where_gradients_alternate(variant: str, fused: bool) -> None:
-    assert noise.steps_to_fall_tenfold(variant, fused) <= 60
+@pytest.mark.parametrize(
+    "gradients",
+    [{}, {"numel": 64}, {"numel": 256, "spread": 0.75}, {"spread": 0.75}, {"growth": 0.9}],
+    ids=["4096", "64", "256, uneven", "4096, uneven", "4096, shrinking"],
+)
+def test_falls_tenfold_where_gradients_alternate(gradients: dict[str, Any], variant: str, fused: bool) -> None:
+    assert noise.steps_to_fall_tenfold(variant, fused, **gradients) <= 60
