@@ -472,7 +472,7 @@ def excess(e: Evidence) -> float:
     r = e.path_sq / e.walk_sq
     agreement = min(e.step_sq / e.step_walk_sq, 1.0)
     lost = 1 - agreement
-    alternating = max(0.2 * lost**4, lost * min(r, agreement) ** 2 / agreement**2)
+    alternating = max(0.2 * lost**4, lost * (min(r / agreement, 1.0) if agreement else 1.0) ** 2)
     rest = max(0.4 * agreement**4, alternating)
     return min(0.0, max(1 - 0.5 * (count + 8) / (count * r + 8), 1 - rest * (count + 2) / (count * r + 2)))
 
