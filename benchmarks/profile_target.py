@@ -64,7 +64,7 @@ def overrun(optimizer: Any) -> None:
     """Let `measure` write the sums of all tensors into room for one: whether a sanitizer notices."""
     (bucket,) = optimizer._gather(optimizer._read_inputs())
     one_row = bucket._numbers(len(PathSums._fields))[:1].clone()
-    bucket._bucket.measure(one_row.data_ptr(), *bucket._launch())
+    bucket._bucket.measure(one_row.data_ptr(), *bucket._launch)
     torch.cuda.synchronize()
 
 

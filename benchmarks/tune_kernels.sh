@@ -11,7 +11,6 @@ python=.venv/bin/python
 # A name, and what it sets of CLARA_CUDA_...
 settings=(
     "default"
-    "vectors2 UPDATE_VECTORS=2 UPDATE_THREADS_PER_SM=768"
     "chunk2048 CHUNK=2048"
     "chunk8192 CHUNK=8192"
     "chunk16384 CHUNK=16384"
@@ -20,8 +19,6 @@ settings=(
     "update1280 UPDATE_THREADS_PER_SM=1280"
     "path1024 PATH_CHUNK=1024"
     "path4096 PATH_CHUNK=4096"
-    "measure2 MEASURE_VECTORS=2 MEASURE_THREADS_PER_SM=768"
-    "vectors2-threads128 UPDATE_VECTORS=2 UPDATE_THREADS_PER_SM=768 THREADS=128"
 )
 
 # nvcc adds NVCC_APPEND_FLAGS to its command line. ninja does not know of them: it compiles anew because the header has

@@ -57,7 +57,7 @@ class AdamClara(Constructor, Optimizer):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
         self.process_group = arguments["process_group"]
-        self._core = core_buckets.Gatherer(self.one_scale)
+        self._core = core_buckets.Gatherer()
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
         self._all_groups = self.param_groups
@@ -160,11 +160,13 @@ class AdamClara(Constructor, Optimizer):
         """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
         if self.fused is False or loading.core_or_warning() is None:
             return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
-        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)
-        if not irregular and (not self.one_scale or self._hold_the_scale(buckets)):
+        scales = self._shared_scales() if self.one_scale else None
+        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs, scales)
+        if not irregular:
             return buckets
         works = self._prepare(inputs, irregular)
-        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs)  # with what only lacked its state
+        scales = self._shared_scales() if self.one_scale else None
+        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs, scales)  # what lacked its state
         if irregular and self.fused:
             raise RuntimeError(_irregular(irregular[0], works[irregular[0]].param))
         return [*buckets, *torch_backend.buckets_of([works[location] for location in irregular], inputs)]
@@ -236,23 +238,13 @@ class AdamClara(Constructor, Optimizer):
 
     # --- scales ---
 
-    def _param_states(self) -> Iterator[dict[str, Any]]:
-        """The states of parameters; torch.optim lets a user keep anything else beside them."""
-        return (entry for param, entry in self.state.items() if isinstance(param, Tensor))
-
     def _shared_scales(self) -> dict[torch.device, Tensor]:
         """The one scale of AdamClaraGlobal, by device; all states of a device hold the same tensor."""
         if not self._scales:
-            self._scales = state.shared_scales(self._param_states())
+            # torch.optim lets a user keep anything else beside the states of parameters.
+            states = (entry for param, entry in self.state.items() if isinstance(param, Tensor))
+            self._scales = state.shared_scales(states)
         return self._scales
-
-    def _hold_the_scale(self, buckets: Sequence[core_buckets.CoreBucket]) -> bool:
-        """Whether the states hold the known one scale; ZeroRedundancyOptimizer.load_state_dict puts others there.
-
-        All tensors that the core takes on a device hold the same, so one of them tells.
-        """
-        held = [self.state[bucket.params[0]]["lr_scale"] for bucket in buckets]
-        return all(scale is self._shared_scales().get(scale.device) for scale in held)
 
     def _initial_scale(self, group_index: int, options: Sequence[GroupOptions]) -> float | Tensor:
         """mu of a parameter that was never stepped; found on the device, without waiting for it."""
@@ -422,7 +414,7 @@ class AdamClara(Constructor, Optimizer):
         super().__setstate__(new)
         self._all_groups = self.param_groups
         if not hasattr(self, "_core"):  # out of a pickle; else what CUDA graphs have captured has to stay
-            self._core = core_buckets.Gatherer(self.one_scale)
+            self._core = core_buckets.Gatherer()
         self._forget_caches()
         self._initial_scales = {id(param): scale for param, scale in began}
         if self.one_scale:
@@ -455,13 +447,11 @@ def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
 
 def _unshare_the_scale(_: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["state"] = {
-        key: {**entry, "lr_scale": entry["lr_scale"].clone()} if _has_scale(entry) else entry
+        key: {**entry, "lr_scale": entry["lr_scale"].clone()}
+        if isinstance(entry, Mapping) and isinstance(entry.get("lr_scale"), Tensor)
+        else entry
         for key, entry in state_dict["state"].items()
     }
-
-
-def _has_scale(entry: object) -> bool:
-    return isinstance(entry, Mapping) and isinstance(entry.get("lr_scale"), Tensor)
 
 
 class AdamClaraGlobal(AdamClara):

@@ -119,6 +119,9 @@ class SmoothedConstructor(Constructor):
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
+Reader = Callable[[str, Any], dict[str, Any]]
+
+
 def as_number(value: object) -> float | None:
     """A real number, numpy's included, or a tensor or array of one element as a float; None for anything else."""
     if isinstance(value, (bool, str)):
@@ -132,14 +135,20 @@ def as_number(value: object) -> float | None:
     return None
 
 
-def _number(words: str, is_right: Callable[[float], bool], expected: str) -> Callable[[str, Any], dict[str, Any]]:
+def _number(is_right: Callable[[float], bool], expected: str, word: str = "") -> Reader:
+    """A number in a range, or `word`, which the back ends see as 0."""
+    choices = f"{word!r} or " if word else ""
+
     def read(name: str, value: Any) -> dict[str, Any]:
-        number = as_number(value)
-        if number is None:
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not is_right(number):
-            raise ValueError(f"{words}: {value} (expected {expected})")
-        return {name: number}
+        if word and isinstance(value, str):
+            if value == word:
+                return {name: 0.0}
+        elif (number := as_number(value)) is None:
+            raise TypeError(f"{name} must be {choices}a number, got {value!r}")
+        elif is_right(number):
+            return {name: number}
+        name = "epsilon" if name == "eps" else name  # as torch.optim words it
+        raise ValueError(f"Invalid {name} value: {value} (expected {choices}{expected})")
 
     return read
 
@@ -182,22 +191,8 @@ def _scale_bounds(name: str, value: Any) -> dict[str, Any]:
     return {"scale_low": low, "scale_high": high}
 
 
-def _number_or(word: str) -> Callable[[str, Any], dict[str, Any]]:
-    """A number > 0, or `word`, which the back ends see as 0."""
-
-    def read(name: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, str):
-            if value != word:
-                raise ValueError(f"Invalid {name} value: {value!r} (expected {word!r} or a number > 0)")
-            return {name: 0.0}
-        number = as_number(value)
-        if number is None:
-            raise TypeError(f"{name} must be {word!r} or a number > 0, got {value!r}")
-        if not number > 0.0:
-            raise ValueError(f"Invalid {name} value: {value} (expected {word!r} or > 0)")
-        return {name: number}
-
-    return read
+def _positive(x: float) -> bool:
+    return x > 0.0
 
 
 def _in_0_1(x: float) -> bool:
@@ -207,7 +202,7 @@ def _in_0_1(x: float) -> bool:
 class Option(NamedTuple):
     """How an option is read."""
 
-    read: Callable[[str, Any], dict[str, Any]]
+    read: Reader
     """Checks a value, by its name; returns fields of `GroupOptions`."""
     one_for_all: bool = False
     """Whether AdamClaraGlobal, which has one scale, wants it equal in all groups."""
@@ -216,18 +211,18 @@ class Option(NamedTuple):
 OPTIONS: Mapping[str, Option] = {
     "lr": Option(lambda name, lr: {}),  # may be a tensor that must not be read: see `_read_lr`
     "betas": Option(_betas),
-    "eps": Option(_number("Invalid epsilon value", lambda x: x >= 0.0, ">= 0")),
-    "weight_decay": Option(_number("Invalid weight_decay value", lambda x: x >= 0.0, ">= 0")),
+    "eps": Option(_number(lambda x: x >= 0.0, ">= 0")),
+    "weight_decay": Option(_number(lambda x: x >= 0.0, ">= 0")),
     "amsgrad": Option(_flag),
     "maximize": Option(_flag),
     "decoupled_weight_decay": Option(_flag),
-    "initial_scale": Option(_number_or("cautious"), one_for_all=True),
-    "path_fraction": Option(_number("Invalid path_fraction value", _in_0_1, "in (0, 1]")),
-    "smoothing": Option(_number("Invalid smoothing value", _in_0_1, "in (0, 1]"), one_for_all=True),
-    "damping": Option(_number("Invalid damping value", lambda x: x > 0.0, "> 0"), one_for_all=True),
+    "initial_scale": Option(_number(_positive, "> 0", "cautious"), one_for_all=True),
+    "path_fraction": Option(_number(_in_0_1, "in (0, 1]")),
+    "smoothing": Option(_number(_in_0_1, "in (0, 1]"), one_for_all=True),
+    "damping": Option(_number(_positive, "> 0"), one_for_all=True),
     "clip": Option(_clip, one_for_all=True),
-    "lr_smoothing": Option(_number("Invalid lr_smoothing value", lambda x: 0.0 <= x < 1.0, "in [0, 1)")),
-    "reference": Option(_number_or("random_walk"), one_for_all=True),
+    "lr_smoothing": Option(_number(lambda x: 0.0 <= x < 1.0, "in [0, 1)")),
+    "reference": Option(_number(_positive, "> 0", "random_walk"), one_for_all=True),
     "scale_bounds": Option(_scale_bounds, one_for_all=True),
     "adapt_lr": Option(_flag, one_for_all=True),
 }

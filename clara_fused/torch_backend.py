@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import adaptation, profiling, tensors
 from .options import GroupOptions, readable
-from .state import WALK, WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
+from .scalars import TensorScalars, distribute
+from .state import WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
 from .step import Location, StepInputs, TensorWork, moved
 
 # Bytes of an array of a block. On the CPU its five are to stay in the last cache; a GPU wants few, large launches.
@@ -63,6 +64,7 @@ class TorchBucket:
         found_inf = self._scalar(inputs.found_inf)
         self._skipped = isinstance(found_inf, float) and found_inf != 0.0
         self._undo = found_inf != 0.0 if isinstance(found_inf, Tensor) else None  # decided on the device
+        self._scalars = TensorScalars([work.state for work in self._works], self.options, self._moves, self._undo)
 
     def _scalar(self, value: float | Tensor | None) -> Any:
         """A number where the host has it, else a 0-dim tensor on the bucket's device; None stays None."""
@@ -100,27 +102,19 @@ class TorchBucket:
             sums = moved(sums, self.device)
             if self._skipped:
                 return sums.new_zeros(len(self._works), len(adaptation.Evidence._fields))
-            walks = torch.stack([torch.stack(self._entries(name)) for name in WALK], dim=-1)
-            walks = adaptation.advanced_walks(walks, sums, self.options, self._steps, self._moves)
-            for name, values in zip(WALK, walks.unbind(-1), strict=True):
-                self._write(self._entries(name), values)
-            self._write(self._entries("step"), self._steps)
-            return adaptation.evidence_of(sums, walks, self.options, self._steps, self._moves)
+            return self._scalars.advance(sums)
 
     def rescale(self, evidence: Tensor) -> None:
         if self._skipped:
             return
         with profiling.range_of("adapt", len(self._works)):
-            targets = self._entries("lr_scale")[: len(evidence)]  # the one of all tensors, or each tensor's
-            evidence = moved(evidence, self.device)
-            scales = adaptation.adapted_scales(torch.stack(targets), evidence, self.options)
-            self._write(targets, scales)
+            self._scalars.rescale(moved(evidence, self.device))
 
     def update(self) -> None:
         if self._skipped:
             return
         with profiling.range_of("update", len(self._works)):
-            rates = torch.stack(self._entries("lr_scale")).to(adaptation.scalar_dtype(self.device)) * self._lr
+            rates = self._scalars.column("lr_scale").to(adaptation.scalar_dtype(self.device)) * self._lr
             coefficients = _Coefficients(self, *self._bias_corrections, rates)
             for unit in self._blocks(sampled=False):
                 for block in unit:
@@ -128,33 +122,12 @@ class TorchBucket:
 
     # --- scalars ---
 
-    def _entries(self, name: str) -> list[Tensor]:
-        return [work.state[name] for work in self._works]
-
-    @cached_property
-    def _steps(self) -> Tensor:
-        """The number of this step, from 1, [n]."""
-        return torch.stack(self._entries("step")).to(adaptation.scalar_dtype(self.device)) + 1.0
-
     @cached_property
     def _bias_corrections(self) -> tuple[Tensor, Tensor]:
         """1 / (1 - beta1^t) and sqrt(1 - beta2^t), [n]."""
-        bias1 = adaptation.bias_correction(self.options.log_beta1, self._steps)
-        return 1.0 / bias1, adaptation.bias_correction(self.options.log_beta2, self._steps).sqrt()
-
-    def _write(self, targets: list[Tensor], values: Tensor) -> None:
-        """Write scalars, [n]."""
-        values = values.to(targets[0].dtype)
-        if self._undo is not None:
-            values = torch.where(self._undo, torch.stack(targets), values)
-        self._distribute(values, targets)
-
-    def _distribute(self, values: Tensor, targets: list[Tensor]) -> None:
-        """Copy the rows of `values` to tensors of their own."""
-        if self._on_host:
-            torch.unbind_copy(values.to(targets[0].dtype), 0, out=targets)  # makes no Python objects of the rows
-        else:
-            torch._foreach_copy_(targets, list(values.unbind()))
+        steps = self._scalars.steps
+        bias1 = adaptation.bias_correction(self.options.log_beta1, steps)
+        return 1.0 / bias1, adaptation.bias_correction(self.options.log_beta2, steps).sqrt()
 
     # --- blocks ---
 
@@ -184,7 +157,7 @@ class TorchBucket:
         if keep is not None:
             values = torch.where(keep, self._load(pieces), values)
         if len(pieces) > 1:
-            self._distribute(values.view(len(pieces), *pieces[0].shape), pieces)
+            distribute(values.view(len(pieces), *pieces[0].shape), pieces)
         elif not torch._C._is_alias_of(values, pieces[0]):  # type: ignore[attr-defined]
             pieces[0].copy_(values.view(pieces[0].shape))
 

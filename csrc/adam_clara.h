@@ -357,15 +357,13 @@ CLARA_HD double excess(const Evidence& e) {
   return below < 0.0 ? below : 0.0 * below;  // not a number stays none
 }
 
-// The rule as first published, for a fixed expectation of path^2 per element.
-CLARA_HD double excess_over(double reference, const Evidence& e) { return e.path_sq / (e.weight * reference) - 1.0; }
-
 // The next mu. It stays where adaptation is off, where a sum is not finite, and where nothing has moved.
 CLARA_HD float adapted_scale(float scale, const Evidence& e, const GroupOptions& options) {
   const bool known =
       is_finite(e.path_sq + e.walk_sq + e.long_walk_sq + e.step_sq + e.step_walk_sq + e.weight + e.weight_sq +
                 e.shared_weight);
-  const double value = options.reference != 0.0 ? excess_over(options.reference, e) : excess(e);
+  // As first published, for a fixed expectation of path^2 per element; or the walk's.
+  const double value = options.reference != 0.0 ? e.path_sq / (e.weight * options.reference) - 1.0 : excess(e);
   if (options.adapt_lr == 0.0 || e.path_sq == 0.0 || !known || !is_finite(value)) return scale;
   double factor = std::exp(options.smoothing / (2.0 * options.damping) * value);
   factor = factor < options.clip_low ? options.clip_low : (factor > options.clip_high ? options.clip_high : factor);

@@ -64,6 +64,19 @@ CLARA_HD void set_walk(const TensorRecord& tensor, const WalkState& walk) {
   *tensor.walk[6] = walk.cosine_lag;
 }
 
+// The part of adapt before sums over tensors: counts the step, and moves the walk on.
+CLARA_HD Evidence advanced(const TensorRecord& tensor, const PathSums& sums, const GroupOptions& options) {
+  const double step = static_cast<double>(*tensor.step += 1.0f);
+  const WalkState walk = advanced_walk(walk_of(tensor), sums, options, step);
+  set_walk(tensor, walk);
+  return evidence_of(sums, walk, options, step);
+}
+
+// The part after them.
+CLARA_HD void rescale_tensor(const TensorRecord& tensor, const Evidence& evidence, const GroupOptions& options) {
+  *tensor.lr_scale = adapted_scale(*tensor.lr_scale, evidence, options);
+}
+
 // What the sums over the elements that have a path say of all elements.
 CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<double>& sampled) {
   const double c = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);

@@ -32,10 +32,6 @@ class Bucket:
     @property
     def device(self) -> tuple[str, int]: ...
     @property
-    def param_dtype(self) -> DType: ...
-    @property
-    def grad_dtype(self) -> DType: ...
-    @property
     def locations(self) -> list[tuple[int, int]]: ...
     @property
     def params(self) -> list[Any]: ...
@@ -48,20 +44,13 @@ class Bucket:
     def table_equals(self, host_memory: int) -> bool: ...
     def set_memory(self, device_memory: int) -> None: ...
     def measure(self, sums: int, threads: int, stream: int) -> None:
-        """The path, and float64 [n, 6]."""
+        """Writes the path, and `adaptation.PathSums`, float64 [n, 8]."""
     def advance(self, sums: int, evidence: int, threads: int, stream: int) -> None:
-        """Counts the step; float64 [n, 6] to float64 [n, 6]."""
-    def rescale(self, evidence: int, rows: int, threads: int, stream: int) -> None:
-        """Scales follow evidence, float64 [rows, 6]: a row per tensor; where all have one scale, one, once for it."""
+        """Counts the step; such sums to `adaptation.Evidence`, float64 [n, 8]."""
+    def rescale(self, evidence: int, threads: int, stream: int) -> None:
+        """Scales follow evidence: a row per tensor, or a single one for the one scale of all."""
     def update(self, threads: int, stream: int) -> None: ...
     def step(self, threads: int, stream: int) -> None: ...
-
-class Gathered:
-    @property
-    def buckets(self) -> list[Bucket]: ...
-    @property
-    def irregular(self) -> list[tuple[int, int]]:
-        """Group and index of parameters that have a gradient but cannot be stepped by the core as they are."""
 
 class CudaInfo(TypedDict):
     toolkit: str
@@ -74,7 +63,14 @@ class BuildInfo(TypedDict):
     cuda: CudaInfo | None
     why_not_more: str
 
-def gather(param_groups: list[dict[str, Any]], state: dict[Any, Any], one_scale: bool) -> Gathered: ...
+def gather(
+    param_groups: list[dict[str, Any]], state: dict[Any, Any], scales: list[Any] | None
+) -> tuple[list[Bucket], list[tuple[int, int]]]:
+    """Buckets, and group and index of parameters that have a gradient but cannot be stepped by the core as they are.
+
+    `scales`: tensors that hold the one scale of all, one per device; None where each parameter has a scale of its own.
+    """
+
 def supports(on_cuda: bool, param: DType, grad: DType) -> bool: ...
 def build_info() -> BuildInfo: ...
 def cuda_problem(device: int) -> str: ...

@@ -7,7 +7,7 @@ remembered of them but tables on CUDA devices.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,37 +27,40 @@ _MAX_TABLES = 16
 
 
 class Gatherer:
-    """Finds an optimizer's tensors at every step and makes buckets of them; holds what is kept between steps.
+    """Finds an optimizer's tensors at every step and makes buckets of them; holds what is kept between steps."""
 
-    Args:
-        one_scale: AdamClaraGlobal.
-    """
-
-    def __init__(self, one_scale: bool) -> None:
-        self._one_scale = one_scale
+    def __init__(self) -> None:
         self.groups: dict[tuple[str, int], _Groups] = {}  # by device; as they are in the step that is being taken
         self._tables: list[_Table] = []
         # Tables that a CUDA graph has captured: its replays read them. They stay as they are.
         self._captured: list[_Table] = []
 
     def gather(
-        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], inputs: StepInputs
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        inputs: StepInputs,
+        scales: Mapping[torch.device, Tensor] | None,
     ) -> tuple[list[CoreBucket], Sequence[Location]]:
-        """Buckets of all tensors that the core can step; there has to be one.
+        """Buckets of all tensors that the core can step; there has to be a core.
+
+        Args:
+            scales: the tensors that hold AdamClaraGlobal's one scale, by device; None for the other optimizers.
 
         Returns:
             the buckets, and where those parameters are that have a gradient and cannot be stepped by the core as they
             are.
         """
-        gathered: _core.Gathered = loading.core_or_warning().gather(param_groups, state, self._one_scale)
-        irregular = [Location(*location) for location in gathered.irregular]
-        buckets = gathered.buckets
-        for device in {bucket.device for bucket in buckets}:
+        found: list[_core.Bucket]
+        found, irregular = loading.core_or_warning().gather(
+            param_groups, state, None if scales is None else list(scales.values())
+        )
+        for device in {bucket.device for bucket in found}:
             groups = self.groups.get(device)
             if groups is None or groups.count != len(inputs.options):
                 groups = self.groups[device] = _Groups(device, len(inputs.options))
             groups.update(inputs)
-        return [CoreBucket(bucket, self, inputs) for bucket in buckets], irregular
+        return [CoreBucket(bucket, self, inputs) for bucket in found], [Location(*each) for each in irregular]
 
     def table_of(self, bucket: _core.Bucket, device: torch.device) -> _Table:  # pragma: no cover (needs a GPU)
         """A table on the device that describes the bucket: one of an earlier step, or a new one."""
@@ -71,6 +74,9 @@ class Gatherer:
             self._tables = [table, *self._tables[: _MAX_TABLES - 1]]
         if loading.is_capturing() and table not in self._captured:
             self._captured.append(table)
+        if not torch.cuda.is_current_stream_capturing():
+            # Where a graph is captured, torch.cuda.graph has waited for the device: all that was sent has arrived.
+            table.reach_current_stream()
         bucket.set_memory(table.memory.data_ptr())
         return table
 
@@ -96,7 +102,11 @@ class CoreBucket:
                 for value in (inputs.grad_scale, inputs.found_inf)
             ]
             bucket.set_amp(*(0 if value is None else value.data_ptr() for value in self._amp))
-        self._table = gatherer.table_of(bucket, self.device) if self.device.type == "cuda" else None
+        # Number of threads, and CUDA stream, of every operation.
+        self._launch = torch.get_num_threads(), 0
+        if self.device.type == "cuda":  # pragma: no cover (needs a GPU)
+            self._table = gatherer.table_of(bucket, self.device)  # as long as the bucket
+            self._launch = 0, torch._C._cuda_getCurrentRawStream(self.device.index)
 
     @property
     def locations(self) -> Sequence[Location]:
@@ -107,15 +117,6 @@ class CoreBucket:
         """The parameters as the user has them, in the order of `locations`."""
         return self._bucket.params
 
-    def _launch(self) -> tuple[int, int]:
-        """Number of threads, and CUDA stream, that the next operation is to use."""
-        if self._table is None:
-            return torch.get_num_threads(), 0
-        if not torch.cuda.is_current_stream_capturing():  # pragma: no cover (needs a GPU)
-            # Where a graph is captured, torch.cuda.graph has waited for the device: all that was sent has arrived.
-            self._table.reach_current_stream()
-        return 0, torch._C._cuda_getCurrentRawStream(self.device.index)
-
     def _numbers(self, columns: int) -> Tensor:
         return torch.empty(len(self._bucket), columns, dtype=torch.float64, device=self.device)
 
@@ -123,31 +124,31 @@ class CoreBucket:
         with profiling.range_of("measure", len(self._bucket)):
             # Zeros: where found_inf is set the core leaves them as they are.
             sums = self._numbers(len(PathSums._fields)).zero_()
-            self._bucket.measure(sums.data_ptr(), *self._launch())
+            self._bucket.measure(sums.data_ptr(), *self._launch)
             return sums
 
     def advance(self, sums: Tensor) -> Tensor:
         with profiling.range_of("adapt", len(self._bucket)):
             sums = moved(sums, self.device).contiguous()
             evidence = self._numbers(len(Evidence._fields)).zero_()
-            self._bucket.advance(sums.data_ptr(), evidence.data_ptr(), *self._launch())
+            self._bucket.advance(sums.data_ptr(), evidence.data_ptr(), *self._launch)
             return evidence
 
     def rescale(self, evidence: Tensor) -> None:
         with profiling.range_of("adapt", len(self._bucket)):
             evidence = moved(evidence, self.device).contiguous()
-            self._bucket.rescale(evidence.data_ptr(), len(evidence), *self._launch())
+            self._bucket.rescale(evidence.data_ptr(), *self._launch)
 
     def update(self) -> None:
         with profiling.range_of("update", len(self._bucket)):
-            self._bucket.update(*self._launch())
+            self._bucket.update(*self._launch)
         # The core writes through raw pointers, unseen by autograd: without this, a backward pass through a graph that
         # saved a parameter before the step would quietly use the new values.
         torch.autograd.graph.increment_version(self._bucket.params)
 
     def step(self) -> None:
         with profiling.range_of("step", len(self._bucket)):
-            self._bucket.step(*self._launch())
+            self._bucket.step(*self._launch)
         torch.autograd.graph.increment_version(self._bucket.params)
 
 
@@ -193,7 +194,7 @@ class _Table:  # pragma: no cover (needs a GPU)
 
     def __init__(self, bucket: _core.Bucket, device: torch.device) -> None:
         size, table_size = bucket.memory_sizes()
-        self._sizes = size, table_size, bucket.param_dtype, bucket.grad_dtype
+        self._sizes = size, table_size
         self._device = device
         self._host = torch.empty(table_size, dtype=torch.uint8, device="cpu", pin_memory=True)
         bucket.write_table(self._host.data_ptr())
@@ -205,10 +206,7 @@ class _Table:  # pragma: no cover (needs a GPU)
 
     def serves(self, bucket: _core.Bucket) -> bool:
         """Whether this is the table that the bucket would write."""
-        size, table_size = bucket.memory_sizes()
-        return self._sizes == (size, table_size, bucket.param_dtype, bucket.grad_dtype) and bucket.table_equals(
-            self._host.data_ptr()
-        )
+        return self._sizes == bucket.memory_sizes() and bucket.table_equals(self._host.data_ptr())
 
     def reach_current_stream(self) -> None:
         """Make the current stream wait for the table if it was sent on another one."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ParamGroups = Sequence[Mapping[str, Any]]
 
+_PLAIN = {Tensor, torch.nn.Parameter}
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -64,7 +65,7 @@ def needs_sums(param_groups: ParamGroups, process_group: ProcessGroup | None) ->
     if process_group is not None:
         return not is_rehearsal()
     # Asked at every step: the loop over parameters is not one of Python's.
-    types = set().union(*(map(type, group["params"]) for group in param_groups))
+    types = set().union(*(map(type, group["params"]) for group in param_groups)) - _PLAIN
     return any(map(is_dtensor_type, types)) and not is_rehearsal()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from .. import adaptation
+from ..scalars import TensorScalars
 from ..state import SCALARS, size_of
 from ..step import Bucket, Location, StepInputs, moved
 from ..tensors import check_placements
-from .absent import AbsentTensors, has_gradient
 from .agreement import CHECKSUM_BITS, DisagreementWatch, RanksDisagreeError, agreed_collectives
 from .collectives import Collective, on_device
 from .placement import ParamGroups, holds_fsdp1_shards, located, needs_sums, signature_of
@@ -100,7 +100,8 @@ class RankSums:
         self._signature = signature_of(optimizer.param_groups)
         self._watch = DisagreementWatch(type(optimizer).__name__)
         self._inputs = inputs
-        self._absent: list[AbsentTensors] = []
+        # Where the tensors are whose gradients are on other ranks only, and their evidence in this step.
+        self._absent: list[tuple[list[Location], Tensor]] = []
         # Whether this step's `found_inf` has been told to the other ranks.
         self._overflow_is_known = False
 
@@ -240,37 +241,43 @@ class RankSums:
         self._absent = []
         for collective, route, *_, rows in received:
             whole.index_copy_(0, route.sources, moved(rows[route.rows], whole.device))
-            self._absent += self._absent_tensors(collective, rows, route.absent)
-        for tensors in self._absent:
-            tensors.advance()
-            if not self._inputs.one_scale:
-                tensors.rescale()
+            self._absent += self._advance_absent(collective, rows, route.absent)
         parts = whole.split_with_sizes([len(part) for part in sums])
         return [moved(part, before.device) for part, before in zip(parts, sums, strict=True)]
 
-    def _absent_tensors(
+    def _advance_absent(
         self, collective: Collective, sums: Tensor, absent: Sequence[tuple[int, Location]]
-    ) -> list[AbsentTensors]:
-        """Tensors of a collective that have a gradient on other ranks only; makes them have state.
+    ) -> Iterator[tuple[list[Location], Tensor]]:
+        """Take the step of a collective's tensors that have a gradient on other ranks only; makes them have state.
 
-        Which have a gradient nowhere is known to the host on the CPU, where they are left alone; on a device they get
-        their state as well, because a step never waits for the device.
+        FSDP1's empty shards, experts that only other ranks have used: their step count, walk and scale follow the whole
+        tensor's, so that all ranks have the same; there is no gradient for moments and parameter to move by. Which have
+        a gradient nowhere is known to the host on the CPU, where they are left alone; on a device they get their state
+        as well, because a step never waits for the device.
+
+        Returns:
+            Where they are, and their evidence, float64 [n, 8]; by param group and device.
         """
-        have_gradient = has_gradient(sums).tolist() if absent and sums.device.type == "cpu" else [True] * len(sums)
+        inputs = self._inputs
+        have_gradient = _have_gradient(sums).tolist() if absent and sums.device.type == "cpu" else [True] * len(sums)
         by_kind: dict[tuple[int, torch.device], list[tuple[int, Location]]] = {}
         for row, location in absent:
             param = self._params[location]
             if param.requires_grad and have_gradient[row]:
                 by_kind.setdefault((location.group_index, param.device), []).append((row, location))
-        return [
-            AbsentTensors(
-                [location for _, location in found],
-                moved(torch.stack([sums[row] for row, _ in found]), device),
-                [self._state_of(location) or self._create_state(location) for _, location in found],
-                self._inputs,
-            )
-            for (_, device), found in by_kind.items()
-        ]
+        for (group_index, device), found in by_kind.items():
+            rows = moved(torch.stack([sums[row] for row, _ in found]), device)
+            keep = ~_have_gradient(rows)
+            if inputs.found_inf is not None:
+                keep |= moved(inputs.found_inf, device).reshape(()) != 0.0
+            lr = inputs.lrs[group_index]
+            moves = moved(lr, device).reshape(()) != 0.0 if isinstance(lr, Tensor) else lr != 0.0
+            states = [self._state_of(location) or self._create_state(location) for _, location in found]
+            scalars = TensorScalars(states, inputs.options[group_index], moves, keep)
+            evidence = scalars.advance(rows)
+            if not inputs.one_scale:
+                scalars.rescale(evidence)
+            yield [location for _, location in found], evidence
 
     def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
         """Evidence of all tensors on all ranks, float64 [8] (AdamClaraGlobal); all ranks call this after `whole_sums`.
@@ -279,10 +286,10 @@ class RankSums:
             RanksDisagreeError: as `whole_sums`.
         """
         device = self._all_collectives[0].device
-        parts = [moved(part, device) for part in (*evidence, *(each.evidence for each in self._absent))]
+        parts = [moved(part, device) for part in (*evidence, *(rows for _, rows in self._absent))]
         if self._total is not None and parts and self._collectives:
             locations = [location for bucket in buckets for location in bucket.locations]
-            locations += [location for tensors in self._absent for location in tensors.locations]
+            locations += [location for absent, _ in self._absent for location in absent]
             parts = [torch.cat(parts) * self._shares_of(locations)]
         own = moved(adaptation.total_evidence(parts), device)  # of no parts zeros, on the CPU
         if self._total is None:
@@ -330,6 +337,11 @@ class RankSums:
                 numbers = len(adaptation.PathSums._fields) * len(collective.members)
             nothing = torch.full((CHECKSUM_BITS + numbers,), math.nan, dtype=torch.float64, device=collective.device)
             collective.start(nothing).wait()
+
+
+def _have_gradient(sums: Tensor) -> Tensor:
+    """Whether some rank has a gradient (with an element), by tensor, [n]; `sums`: over all ranks, [n, 8]."""
+    return adaptation.PathSums(*sums.unbind(-1)).numel > 0.0
 
 
 def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]]) -> Tensor:

@@ -160,17 +160,12 @@ void with_worker(const TensorList& list, Work work) {
 
 Evidence advance_one(const TensorList& list, int64_t tensor, const PathSums& sums) {
   const TensorRecord& record = list.tensors[tensor];
-  const GroupOptions& options = list.groups[record.group];
-  *record.step += 1.0f;
-  const double step = *record.step;
-  const WalkState walk = advanced_walk(walk_of(record), sums, options, step);
-  set_walk(record, walk);
-  return evidence_of(sums, walk, options, step);
+  return advanced(record, sums, list.groups[record.group]);
 }
 
 void rescale_one(const TensorList& list, int64_t tensor, const Evidence& evidence) {
   const TensorRecord& record = list.tensors[tensor];
-  *record.lr_scale = adapted_scale(*record.lr_scale, evidence, list.groups[record.group]);
+  rescale_tensor(record, evidence, list.groups[record.group]);
 }
 
 // See Note [Order-free sums].

@@ -11,9 +11,6 @@ constexpr const char* kProblem =
 
 }  // namespace
 
-const char* toolkit() { return ""; }
-const char* architectures() { return ""; }
-
 bool supports(DType, DType) { return false; }
 std::string device_problem(int) { return kProblem; }
 

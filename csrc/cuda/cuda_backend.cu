@@ -14,14 +14,6 @@
 #include "scalar_kernels.cuh"
 #include "storage.cuh"
 
-// Both are setup.py's to say.
-#ifndef CLARA_CUDA_TOOLKIT
-#define CLARA_CUDA_TOOLKIT ""
-#endif
-#ifndef CLARA_CUDA_ARCHITECTURES
-#define CLARA_CUDA_ARCHITECTURES ""
-#endif
-
 namespace clara::cuda {
 namespace {
 
@@ -164,10 +156,6 @@ int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads
 // ---------------------------------------------------------------------------------------------------------------
 // The interface
 // ---------------------------------------------------------------------------------------------------------------
-
-const char* toolkit() { return CLARA_CUDA_TOOLKIT; }
-
-const char* architectures() { return CLARA_CUDA_ARCHITECTURES; }
 
 bool supports(DType param, DType grad) {
   return param != DType::kFloat64 && (grad == param || grad == DType::kFloat32);

@@ -12,10 +12,6 @@
 
 namespace clara::cuda {
 
-// What the kernels were built with, such as "13.0" and "80;90"; empty in a build without CUDA.
-const char* toolkit();
-const char* architectures();
-
 // Whether there are kernels for this combination of storage types: float32, bfloat16 or float16 parameters, gradients
 // of the same type or float32.
 bool supports(DType param, DType grad);

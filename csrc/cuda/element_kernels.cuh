@@ -1,6 +1,6 @@
 // The kernels that touch elements: measure and update. One block works on one chunk.
 //
-// They only move data; what they compute is in adam_clara.h. Bytes are the budget: all loads of a thread's vectors are
+// They only move data; what they compute is in adam_clara.h. Bytes are the budget: all loads of a thread's vector are
 // issued before the first is used, and the sums come from registers.
 #pragma once
 
@@ -32,37 +32,29 @@ __device__ __forceinline__ int count_in_chunk(int64_t numel, int64_t first, int6
   return static_cast<int>(left < chunk ? left : chunk);
 }
 
-// What a thread does in one turn: `kVectors` vectors, a block's width apart.
-template <Access kAccessOfTurn, int kVectorsOfTurn>
+// What a thread does in one turn.
+template <Access kAccessOfTurn>
 struct Turn {
   static constexpr Access kAccess = kAccessOfTurn;
-  static constexpr int kVectors = kVectorsOfTurn;
-  static constexpr int kCount = kElements<kAccess>;  // in each vector
-  static constexpr int kStride = kThreads * kVector;
+  static constexpr int kCount = kElements<kAccess>;
 };
 
 // Calls visit(turn, first) for the runs of four elements that are this thread's, and for single ones at the end of a
 // tensor. However they are reached, an element belongs to the same thread, which comes to it in the same order: sums do
 // not depend on alignment.
-template <int kVectors, typename Visit>
+template <typename Visit>
 __device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Visit visit) {
   constexpr int kStride = kThreads * kVector;
   int first = static_cast<int>(threadIdx.x) * kVector;
   if (all_aligned) {
-    if constexpr (kVectors > 1) {
 #pragma unroll 1
-      for (; first + (kVectors - 1) * kStride + kVector <= count; first += kVectors * kStride) {
-        visit(Turn<Access::kAligned, kVectors>{}, first);
-      }
-    }
-#pragma unroll 1
-    for (; first + kVector <= count; first += kStride) visit(Turn<Access::kAligned, 1>{}, first);
+    for (; first + kVector <= count; first += kStride) visit(Turn<Access::kAligned>{}, first);
   } else {
 #pragma unroll 1
-    for (; first + kVector <= count; first += kStride) visit(Turn<Access::kMixed, 1>{}, first);
+    for (; first + kVector <= count; first += kStride) visit(Turn<Access::kMixed>{}, first);
   }
 #pragma unroll 1
-  for (; first < count; ++first) visit(Turn<Access::kSingle, 1>{}, first);
+  for (; first < count; ++first) visit(Turn<Access::kSingle>{}, first);
 }
 
 // Note [Registers]: addresses and coefficients lie in shared memory, and every turn reads them anew, so that the
@@ -156,38 +148,29 @@ static_assert(kVector == 4, "log_kept >= 2 says that a vector lies within a run"
 static_assert(kPathChunk % 1024 == 0, "a chunk holds whole runs, whose longest are 1024");
 
 template <typename Turn, typename P, typename G>
-__device__ __forceinline__ void measure_vectors(const Streams<P, G>& streams, const Stream<float>& paths,
-                                                const Sample& sample, const MeasureCoefficients<float>& c, int first,
-                                                float (&sums)[kSums]) {
+__device__ __forceinline__ void measure_vector(const Streams<P, G>& streams, const Stream<float>& paths,
+                                               const Sample& sample, const MeasureCoefficients<float>& c, int at,
+                                               float (&sums)[kSums]) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
   read_shared_memory_again();
-  Elements<P, G, Turn::kCount> elements[Turn::kVectors];
-  Vector<float, Turn::kCount> path[Turn::kVectors];
+  auto e = load<Turn::kAccess>(streams, sample.element(at), c.adam.coupled_decay != 0.0f);
+  auto path = paths.load<Turn::kAccess>(at);
 #pragma unroll
-  for (int k = 0; k < Turn::kVectors; ++k) {
-    const int at = first + k * Turn::kStride;
-    elements[k] = load<Turn::kAccess>(streams, sample.element(at), c.adam.coupled_decay != 0.0f);
-    path[k] = paths.load<Turn::kAccess>(at);
+  for (int i = 0; i < Turn::kCount; ++i) {
+    const Direction to = advance_moments(e, i, amsgrad, c.adam);
+    const float u = adam_step(e.m.element[i], to.d, c.adam);
+    const float before = path.element[i];
+    if (c.moves) path.element[i] = extended_path(before, u, c);
+    const ElementSums<float> of_element = element_sums(before, path.element[i], u, to.grad, to.d, c);
+    sums[0] += of_element.path_sq;
+    sums[1] += of_element.step_sq;
+    sums[2] += of_element.grad_sq;
+    sums[3] += of_element.path_before_sq;
+    sums[4] += of_element.path_grad;
+    sums[5] += of_element.weight;
+    sums[6] += of_element.weight_sq;
   }
-#pragma unroll
-  for (int k = 0; k < Turn::kVectors; ++k) {
-#pragma unroll
-    for (int i = 0; i < Turn::kCount; ++i) {
-      const Direction to = advance_moments(elements[k], i, amsgrad, c.adam);
-      const float u = adam_step(elements[k].m.element[i], to.d, c.adam);
-      const float before = path[k].element[i];
-      if (c.moves) path[k].element[i] = extended_path(before, u, c);
-      const ElementSums<float> of_element = element_sums(before, path[k].element[i], u, to.grad, to.d, c);
-      sums[0] += of_element.path_sq;
-      sums[1] += of_element.step_sq;
-      sums[2] += of_element.grad_sq;
-      sums[3] += of_element.path_before_sq;
-      sums[4] += of_element.path_grad;
-      sums[5] += of_element.weight;
-      sums[6] += of_element.weight_sq;
-    }
-    if (c.moves) paths.store<Turn::kAccess>(first + k * Turn::kStride, path[k]);
-  }
+  if (c.moves) paths.store<Turn::kAccess>(at, path);
 }
 
 // Walks the chunks from the last to the first: update begins with what measure has just read, as far as the L2 cache
@@ -214,12 +197,12 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
 
   float sums[kSums] = {};
   if (sample.in_vectors()) {
-    for_each_vector<kMeasureVectors>(count, streams.all_aligned() && path.aligned(), [&](auto turn, int i) {
-      measure_vectors<decltype(turn)>(streams, path, sample, with, i, sums);
+    for_each_vector(count, streams.all_aligned() && path.aligned(), [&](auto turn, int i) {
+      measure_vector<decltype(turn)>(streams, path, sample, with, i, sums);
     });
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-      measure_vectors<Turn<Access::kSingle, 1>>(streams, path, sample, with, i, sums);
+      measure_vector<Turn<Access::kSingle>>(streams, path, sample, with, i, sums);
     }
   }
 
@@ -232,30 +215,20 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
 // ---------------------------------------------------------------------------------------------------------------
 
 template <typename Turn, typename P, typename G>
-__device__ __forceinline__ void update_vectors(const Streams<P, G>& streams, const UpdateCoefficients<float>& c,
-                                               int first) {
+__device__ __forceinline__ void update_vector(const Streams<P, G>& streams, const UpdateCoefficients<float>& c, int at) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
   read_shared_memory_again();
-  Elements<P, G, Turn::kCount> elements[Turn::kVectors];
+  auto e = load<Turn::kAccess>(streams, at, true);
 #pragma unroll
-  for (int k = 0; k < Turn::kVectors; ++k) {
-    elements[k] = load<Turn::kAccess>(streams, first + k * Turn::kStride, true);
+  for (int i = 0; i < Turn::kCount; ++i) {
+    const Direction to = advance_moments(e, i, amsgrad, c.adam);
+    const float u = adam_step(e.m.element[i], to.d, c.adam);
+    e.param.element[i] = from_float<P>(updated_parameter(to_float(e.param.element[i]), u, c));
   }
-#pragma unroll
-  for (int k = 0; k < Turn::kVectors; ++k) {
-    Elements<P, G, Turn::kCount>& e = elements[k];
-#pragma unroll
-    for (int i = 0; i < Turn::kCount; ++i) {
-      const Direction to = advance_moments(e, i, amsgrad, c.adam);
-      const float u = adam_step(e.m.element[i], to.d, c.adam);
-      e.param.element[i] = from_float<P>(updated_parameter(to_float(e.param.element[i]), u, c));
-    }
-    const int at = first + k * Turn::kStride;
-    streams.exp_avg.template store<Turn::kAccess>(at, e.m);
-    streams.exp_avg_sq.template store<Turn::kAccess>(at, e.v);
-    if (amsgrad) streams.max_exp_avg_sq.template store<Turn::kAccess>(at, e.max_v);
-    streams.param.template store<Turn::kAccess>(at, e.param);
-  }
+  streams.exp_avg.template store<Turn::kAccess>(at, e.m);
+  streams.exp_avg_sq.template store<Turn::kAccess>(at, e.v);
+  if (amsgrad) streams.max_exp_avg_sq.template store<Turn::kAccess>(at, e.max_v);
+  streams.param.template store<Turn::kAccess>(at, e.param);
 }
 
 template <typename P, typename G, typename Arguments>
@@ -274,9 +247,8 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const A
   }
   __syncthreads();
 
-  for_each_vector<kUpdateVectors>(
-      count_in_chunk(record.numel, first, kChunk), streams.all_aligned(),
-      [&](auto turn, int i) { update_vectors<decltype(turn)>(streams, with, i); });
+  for_each_vector(count_in_chunk(record.numel, first, kChunk), streams.all_aligned(),
+                  [&](auto turn, int i) { update_vector<decltype(turn)>(streams, with, i); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------

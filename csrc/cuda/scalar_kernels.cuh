@@ -8,21 +8,6 @@
 
 namespace clara::cuda {
 
-// Counts a tensor's step and moves its walk on.
-__device__ __forceinline__ Evidence advanced(const TensorRecord& record, const PathSums& sums,
-                                             const GroupOptions& options) {
-  const float step = *record.step + 1.0f;
-  *record.step = step;
-  const WalkState walk = advanced_walk(walk_of(record), sums, options, static_cast<double>(step));
-  set_walk(record, walk);
-  return evidence_of(sums, walk, options, static_cast<double>(step));
-}
-
-__device__ __forceinline__ void rescale_tensor(const TensorRecord& record, const Evidence& evidence,
-                                               const GroupOptions& options) {
-  *record.lr_scale = adapted_scale(*record.lr_scale, evidence, options);
-}
-
 // The total of the evidence, the same for every order of the tensors; see Note [Order-free sums]. A column is not a
 // number if one of its values is not finite.
 __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_t count) {

@@ -13,12 +13,6 @@
 #ifndef CLARA_CUDA_PATH_CHUNK
 #define CLARA_CUDA_PATH_CHUNK 2048
 #endif
-#ifndef CLARA_CUDA_UPDATE_VECTORS
-#define CLARA_CUDA_UPDATE_VECTORS 1
-#endif
-#ifndef CLARA_CUDA_MEASURE_VECTORS
-#define CLARA_CUDA_MEASURE_VECTORS 1
-#endif
 #ifndef CLARA_CUDA_UPDATE_THREADS_PER_SM
 #define CLARA_CUDA_UPDATE_THREADS_PER_SM 1024
 #endif
@@ -35,10 +29,6 @@ constexpr int kThreads = CLARA_CUDA_THREADS;  // of a block, in every kernel
 // elements rather than on looking up its tensor.
 constexpr int64_t kChunk = CLARA_CUDA_CHUNK;
 constexpr int64_t kPathChunk = CLARA_CUDA_PATH_CHUNK;
-
-// Vectors of four elements of every stream that a thread asks for before it uses the first.
-constexpr int kUpdateVectors = CLARA_CUDA_UPDATE_VECTORS;
-constexpr int kMeasureVectors = CLARA_CUDA_MEASURE_VECTORS;
 
 // How many blocks a multiprocessor is to hold at once: what the compiler may spend registers for. sm_75 holds 1024
 // threads.

@@ -3,11 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <memory>
-#include <stdexcept>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -71,12 +70,9 @@ class Bucket {
     list_.one_scale = one_scale;
     const auto number_chunks = is_on_cuda() ? cuda::number_chunks : cpu::number_chunks;
     number_chunks(list_, tensors_.records.data());
-    for (const TensorRecord& record : tensors_.records) last_group_ = std::max(last_group_, record.group);
   }
 
   int64_t size() const { return static_cast<int64_t>(tensors_.records.size()); }
-  DType param_dtype() const { return tensors_.param_dtype; }
-  DType grad_dtype() const { return tensors_.grad_dtype; }
   const std::vector<Location>& locations() const { return tensors_.locations; }
 
   std::pair<const char*, int32_t> device() const { return {is_on_cuda() ? "cuda" : "cpu", tensors_.device.index}; }
@@ -115,7 +111,6 @@ class Bucket {
   // are found: measure(list, sums, where) is cpu::measure or cuda::measure.
   template <typename Verb>
   void run(int threads, Address stream, Verb verb) const {
-    if (last_group_ >= list_.group_count) throw std::runtime_error("set_groups comes first, with all groups");
     if (is_on_cuda()) {
       const cuda::Placement where{tensors_.device.index, pointer<void>(stream), pointer<void>(memory_)};
       const py::gil_scoped_release released;
@@ -126,8 +121,6 @@ class Bucket {
     }
   }
 
-  int64_t scale_count() const { return list_.one_scale ? 1 : size(); }
-
  private:
   bool is_on_cuda() const { return tensors_.device.is_cuda; }
 
@@ -135,7 +128,6 @@ class Bucket {
   std::shared_ptr<const GroupTable> groups_;
   TensorList list_{};
   Address memory_ = 0;
-  int32_t last_group_ = -1;
 };
 
 void measure_bucket(const Bucket& bucket, Address sums, int threads, Address stream) {
@@ -150,8 +142,7 @@ void advance_bucket(const Bucket& bucket, Address sums, Address evidence, int th
   });
 }
 
-void rescale_bucket(const Bucket& bucket, Address evidence, int64_t rows, int threads, Address stream) {
-  if (rows != bucket.scale_count()) throw py::value_error("expected one row of evidence per scale");
+void rescale_bucket(const Bucket& bucket, Address evidence, int threads, Address stream) {
   bucket.run(threads, stream, [&](const TensorList& list, const auto& where) {
     rescale(list, pointer<const Evidence>(evidence), where);
   });
@@ -165,18 +156,14 @@ void step_bucket(const Bucket& bucket, int threads, Address stream) {
   bucket.run(threads, stream, [](const TensorList& list, const auto& where) { step(list, where); });
 }
 
-struct Gathered {
+std::pair<std::vector<std::shared_ptr<Bucket>>, std::vector<Location>> gather_buckets(
+    const py::list& param_groups, const py::dict& state, const std::optional<py::list>& scales) {
+  Gathering gathering = gather(param_groups, state, scales);
   std::vector<std::shared_ptr<Bucket>> buckets;
-  std::vector<Location> irregular;
-};
-
-Gathered gather_buckets(const py::list& param_groups, const py::dict& state, bool one_scale) {
-  Gathering gathering = gather(param_groups, state, one_scale);
-  Gathered gathered{{}, std::move(gathering.irregular)};
   for (GatheredBucket& bucket : gathering.buckets) {
-    gathered.buckets.push_back(std::make_shared<Bucket>(std::move(bucket), one_scale));
+    buckets.push_back(std::make_shared<Bucket>(std::move(bucket), scales.has_value()));
   }
-  return gathered;
+  return {std::move(buckets), std::move(gathering.irregular)};
 }
 
 py::dict build_info() {
@@ -190,8 +177,9 @@ py::dict build_info() {
   info["cpu_threads"] = cpu::thread_source();
   info["why_not_more"] = CLARA_WHY_NOT_MORE;  // what setup.py did not build, and what to do
   info["cuda"] = py::none();
-  if (*cuda::toolkit() != 0) {
-    info["cuda"] = py::dict(py::arg("toolkit") = cuda::toolkit(), py::arg("architectures") = cuda::architectures());
+  if (*CLARA_CUDA_TOOLKIT != 0) {
+    info["cuda"] = py::dict(py::arg("toolkit") = CLARA_CUDA_TOOLKIT,  // such as "13.0"
+                            py::arg("architectures") = CLARA_CUDA_ARCHITECTURES);  // such as "80;90"
   }
   return info;
 }
@@ -217,8 +205,6 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
       .def_property_readonly("device", &Bucket::device)
-      .def_property_readonly("param_dtype", &Bucket::param_dtype)
-      .def_property_readonly("grad_dtype", &Bucket::grad_dtype)
       .def_property_readonly("locations", &Bucket::locations)
       .def_property_readonly("params", &Bucket::params)
       .def("__len__", &Bucket::size)
@@ -230,20 +216,16 @@ PYBIND11_MODULE(_core, m) {
       .def("set_memory", &Bucket::set_memory, py::arg("device_memory"))
       .def("measure", &measure_bucket, py::arg("sums"), py::arg("threads"), py::arg("stream"))
       .def("advance", &advance_bucket, py::arg("sums"), py::arg("evidence"), py::arg("threads"), py::arg("stream"))
-      .def("rescale", &rescale_bucket, py::arg("evidence"), py::arg("rows"), py::arg("threads"), py::arg("stream"))
+      .def("rescale", &rescale_bucket, py::arg("evidence"), py::arg("threads"), py::arg("stream"))
       .def("update", &update_bucket, py::arg("threads"), py::arg("stream"))
       .def("step", &step_bucket, py::arg("threads"), py::arg("stream"));
-
-  py::class_<Gathered>(m, "Gathered")
-      .def_readonly("buckets", &Gathered::buckets)
-      .def_readonly("irregular", &Gathered::irregular);
 
   m.attr("version") = CLARA_VERSION;
   m.attr("interface") = CLARA_INTERFACE;
   py::tuple option_names(kOptions);
   for (size_t i = 0; i < kOptions; ++i) option_names[i] = kOptionNames[i];
   m.attr("OPTION_NAMES") = option_names;
-  m.def("gather", &gather_buckets, py::arg("param_groups"), py::arg("state"), py::arg("one_scale"));
+  m.def("gather", &gather_buckets, py::arg("param_groups"), py::arg("state"), py::arg("scales"));
   m.def("supports", &clara::python::supports, py::arg("on_cuda"), py::arg("param"), py::arg("grad"));
   m.def("build_info", &build_info);
   m.def("cuda_problem", &cuda::device_problem, py::arg("device"));

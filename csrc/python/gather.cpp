@@ -29,8 +29,6 @@ struct Names {
   PyObject* local_tensor = interned("_local_tensor");
   PyObject* spec = interned("_spec");
   PyObject* placements = interned("placements");
-  PyObject* tensor_meta = interned("tensor_meta");
-  PyObject* shape = interned("shape");
   PyObject* dtensor_module = interned("torch.distributed.tensor");
   PyObject* dtensor = interned("DTensor");
 
@@ -240,25 +238,9 @@ bool same_layout(const View& a, const View& b) {
   return true;
 }
 
-// Elements in a row of the whole tensor; see Note [Sampled path] and docs/algorithm.md. 0 where it cannot be told.
-int64_t whole_row(PyObject* param, const View& local) {
-  int64_t row = 1;
-  if (!is_dtensor(param)) {
-    for (int32_t i = local.ndim == 1 ? 0 : 1; i < local.ndim; ++i) row *= local.shape[i];
-    return row;
-  }
-  const py::object spec = attribute(py::reinterpret_borrow<py::object>(param), names().spec);
-  const py::object shape = attribute(attribute(spec, names().tensor_meta), names().shape);
-  if (!shape || !PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != local.ndim) return 0;
-  for (int32_t i = local.ndim == 1 ? 0 : 1; i < local.ndim; ++i) {
-    row *= PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-  }
-  PyErr_Clear();
-  return row;
-}
-
-// Sets run and kept of the record to what the path's shape says; false if it is no path of such a parameter.
-bool read_sample(PyObject* param_object, const View& param, const View& path, TensorRecord* record) {
+// Sets run and kept of the record to what the path's shape says; false if it is no path of such a parameter. A shard has
+// the runs of the whole tensor: where it would not, state.py gives it its whole path. See docs/algorithm.md.
+bool read_sample(const View& param, const View& path, TensorRecord* record) {
   constexpr int64_t kMaxRun = 1024;
   record->run = record->kept = 1;
   if (same_layout(param, path)) return true;
@@ -268,9 +250,8 @@ bool read_sample(PyObject* param_object, const View& param, const View& path, Te
   const int64_t rows = one_row ? 1 : param.shape[0], row = param.numel / rows;
   if (path.ndim != (one_row ? 1 : 2) || (!one_row && path.shape[0] != rows)) return false;
   if (rows > 1 && param.strides[0] != row) return false;
-  const int64_t whole = whole_row(param_object, param);
-  const int64_t run = std::min(whole & -whole, kMaxRun);
-  if (run == 0 || row % run != 0 || path.numel / rows % (row / run) != 0) return false;
+  const int64_t run = std::min(row & -row, kMaxRun);
+  if (path.numel / rows % (row / run) != 0) return false;
   const int64_t kept = path.numel / rows / (row / run);
   if (kept >= run || (kept & (kept - 1)) != 0) return false;
   record->run = static_cast<int32_t>(run);
@@ -338,14 +319,25 @@ class Gatherer {
   }
 
   // Runs no code of anybody's.
-  void read_state(const py::dict& state, bool one_scale) {
+  void read_state(const py::dict& state, const std::optional<py::list>& scales) {
     StateTable table(state.ptr());
+    std::vector<View> one_scale;  // by device
+    for (const py::handle scale : scales.value_or(py::list())) {
+      if (View view; Reader::instance().is_plain(scale.ptr()) && Reader::instance().read(scale.ptr(), &view)) {
+        one_scale.push_back(view);
+      }
+    }
+    const auto has_the_scale = [&](const Candidate& candidate) {
+      return std::any_of(one_scale.begin(), one_scale.end(), [&](const View& scale) {
+        return scale.device == candidate.device && scale.data == candidate.record.lr_scale;
+      });
+    };
     constexpr size_t kEntriesOfMost = kWalkScalars + 5;  // step, scale, two moments, path
     owners_->reserve(owners_->size() + kEntriesOfMost * candidates_.size());
     for (Candidate& candidate : candidates_) {
       PyObject* values = table.find(candidate.param);
       candidate.regular = candidate.plain_param != nullptr && candidate.plain_grad != nullptr && values != nullptr &&
-                          PyDict_Check(values) && read(values, &candidate) && (!one_scale || has_the_scale(candidate));
+                          PyDict_Check(values) && read(values, &candidate) && (!scales || has_the_scale(candidate));
     }
   }
 
@@ -446,7 +438,7 @@ class Gatherer {
       if (!read_scalar(values, n.walk[i], param, &record.walk[i])) return false;
     }
     View path;
-    if (!read_entry(values, n.path, param, &path) || !read_sample(c->param, param, path, &record)) return false;
+    if (!read_entry(values, n.path, param, &path) || !read_sample(param, path, &record)) return false;
     record.path = path.data;
     return read_scalar(values, n.step, param, &record.step) &&
            read_scalar(values, n.lr_scale, param, &record.lr_scale) &&
@@ -482,18 +474,8 @@ class Gatherer {
     return true;
   }
 
-  // Whether its scale is the one that those before it on its device have.
-  bool has_the_scale(const Candidate& candidate) {
-    for (const auto& [device, scale] : scales_) {
-      if (device == candidate.device) return scale == candidate.record.lr_scale;
-    }
-    scales_.emplace_back(candidate.device, candidate.record.lr_scale);
-    return true;
-  }
-
   std::shared_ptr<Owners> owners_;
   std::vector<Candidate> candidates_;
-  std::vector<std::pair<Device, const float*>> scales_;
 };
 
 }  // namespace
@@ -502,10 +484,10 @@ bool supports(bool on_cuda, DType param, DType grad) {
   return on_cuda ? cuda::supports(param, grad) : cpu::supports(param, grad);
 }
 
-Gathering gather(const py::list& param_groups, const py::dict& state, bool one_scale) {
+Gathering gather(const py::list& param_groups, const py::dict& state, const std::optional<py::list>& scales) {
   Gatherer gatherer;
   gatherer.find_gradients(param_groups);
-  gatherer.read_state(state, one_scale);
+  gatherer.read_state(state, scales);
   gatherer.drop_negatives();
   gatherer.drop_overlaps();
   return gatherer.result();

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -48,12 +49,14 @@ struct Gathering {
 // Note [Regular tensors]: a parameter with a gradient is regular if
 // - parameter, gradient and state are plain tensors, or DTensors around plain tensors (with the same placements), with
 //   memory, on one device, of types that the core serves;
-// - the state is complete, the path in a layout that the core knows, the scale (one_scale) the one that others have;
+// - the state is complete, the path in a layout that the core knows, the scale one of `scales` if these are given;
 // - parameter, gradient and everything parameter-shaped have the same dense layout, and none stands for the negative
 //   of its memory;
 // - no other regular parameter has a part in its memory.
 //
-// `param_groups` and `state` are the optimizer's own.
-Gathering gather(const pybind11::list& param_groups, const pybind11::dict& state, bool one_scale);
+// `param_groups` and `state` are the optimizer's own; `scales` hold the one scale of all tensors (Global), one tensor per
+// device.
+Gathering gather(const pybind11::list& param_groups, const pybind11::dict& state,
+                 const std::optional<pybind11::list>& scales);
 
 }  // namespace clara::python

@@ -163,13 +163,15 @@ def state_of(param: Tensor, path_shape: tuple[int, ...] | None = None) -> dict[s
     return state
 
 
-def irregular(params: list[Parameter], state: State | None = None, one_scale: bool = False, **group: Any) -> list[int]:
+def irregular(
+    params: list[Parameter], state: State | None = None, scales: list[Tensor] | None = None, **group: Any
+) -> list[int]:
     if state is None:
         state = {param: state_of(param) for param in params}
-    gathered = core_module().gather([{"params": params, "amsgrad": False, **group}], state, one_scale)
-    regular = [location for bucket in gathered.buckets for location in bucket.locations]
-    assert sorted([*regular, *gathered.irregular]) == [(0, i) for i in range(len(params))]
-    return [index for _, index in gathered.irregular]
+    buckets, others = core_module().gather([{"params": params, "amsgrad": False, **group}], state, scales)
+    regular = [location for bucket in buckets for location in bucket.locations]
+    assert sorted([*regular, *others]) == [(0, i) for i in range(len(params))]
+    return [index for _, index in others]
 
 
 def step_once(params: list[Parameter], state: State, amsgrad: bool = False, **options: float) -> None:
@@ -181,9 +183,9 @@ def step_once(params: list[Parameter], state: State, amsgrad: bool = False, **op
     }  # fmt: skip
     table = core.GroupTable(1)
     table.set(0, [float(values.get(name, 0.0)) for name in core.OPTION_NAMES])
-    gathered = core.gather([{"params": params, "amsgrad": amsgrad}], state, False)
-    assert not gathered.irregular
-    for bucket in gathered.buckets:
+    buckets, others = core.gather([{"params": params, "amsgrad": amsgrad}], state, None)
+    assert not others
+    for bucket in buckets:
         bucket.set_groups(table)
         bucket.step(2, 0)
 
@@ -287,11 +289,13 @@ def test_memory_that_parameters_share_is_irregular() -> None:
 def test_one_scale_is_the_same_tensor_for_all() -> None:
     params = [with_grad(torch.ones(5)) for _ in range(3)]
     state: State = {param: state_of(param) for param in params}
+    scales = [state[params[0]]["lr_scale"]]
     for param in params:
-        state[param]["lr_scale"] = state[params[0]]["lr_scale"]
-    assert irregular(params, state, one_scale=True) == []
+        state[param]["lr_scale"] = scales[0]
+    assert irregular(params, state, scales) == []
     state[params[1]]["lr_scale"] = torch.ones(())
-    assert irregular(params, state, one_scale=True) == [1]
+    assert irregular(params, state, scales) == [1]
+    assert irregular(params, state, []) == [0, 1, 2]
     assert irregular(params, state) == []
 
 
@@ -302,8 +306,7 @@ def test_buckets_are_sorted_and_tell_their_tensors() -> None:
     params = [with_grad(torch.ones(3, dtype=dtype)) for dtype in dtypes]
     idle = Parameter(torch.ones(3))
     groups = [{"params": [params[0], idle]}, {"params": params[1:]}]
-    buckets = core.gather(groups, {param: state_of(param) for param in params}, False).buckets
-    assert [bucket.param_dtype.name for bucket in buckets] == ["float32", "bfloat16", "float64"]
+    buckets, _ = core.gather(groups, {param: state_of(param) for param in params}, None)
     assert [bucket.locations for bucket in buckets] == [[(1, 1), (1, 2)], [(1, 0)], [(0, 0)]]
     assert all(bucket.device == ("cpu", -1) for bucket in buckets)
     assert all(a is b for a, b in zip(buckets[0].params, params[2:], strict=True))
@@ -325,7 +328,7 @@ def test_a_bucket_owns_what_it_points_to() -> None:
     core = core_module()
     param = with_grad(torch.ones(1000))
     state: State = {param: state_of(param)}
-    gathered = core.gather([{"params": [param]}], state, False)
+    gathered = core.gather([{"params": [param]}], state, None)
     alive = weakref.ref(param.grad), weakref.ref(state[param]["exp_avg"])
     param.grad = None
     state.clear()
@@ -341,7 +344,7 @@ def test_gather_says_what_it_cannot_walk() -> None:
     gather = core_module().gather
     for groups in ([3], [{}], [{"params": None}], 3):
         with pytest.raises(TypeError):
-            gather(groups, {}, False)
+            gather(groups, {}, None)
 
 
 @needs_core
@@ -375,21 +378,11 @@ def test_without_adaptation_the_core_is_adam(amsgrad: bool) -> None:
 
 
 @needs_core
-def test_buckets_and_tables_refuse_what_does_not_fit() -> None:
+def test_tables_refuse_what_does_not_fit() -> None:
     core = core_module()
-    param = with_grad(torch.ones(3))
-    (bucket,) = core.gather([{"params": []}, {"params": [param]}], {param: state_of(param)}, False).buckets
-    with pytest.raises(RuntimeError, match="set_groups"):
-        bucket.step(1, 0)
-    bucket.set_groups(core.GroupTable(1))
-    with pytest.raises(RuntimeError, match="set_groups"):
-        bucket.update(1, 0)
-    with pytest.raises(ValueError, match="one row of evidence per scale"):
-        bucket.rescale(0, 2, 1, 0)
     with pytest.raises(ValueError, match="OPTION_NAMES"):
         core.GroupTable(1).set(0, [1.0])
     for call in (lambda: core.GroupTable(1).set(1, [0.0] * len(core.OPTION_NAMES)),
                  lambda: core.GroupTable(1).set_lr_tensor(1, 0, False)):  # fmt: skip
         with pytest.raises(IndexError):
             call()
-    assert param.tolist() == [1.0] * 3

@@ -42,8 +42,9 @@ def gathered(optimizer: torch.optim.Optimizer) -> tuple[list[tuple[int, int]], l
     """Locations of regular and of irregular parameters."""
     from clara_fused.core import _core
 
-    found = _core.gather(optimizer.param_groups, optimizer.state, isinstance(optimizer, VARIANTS["Global"]))
-    return sorted(loc for bucket in found.buckets for loc in bucket.locations), sorted(found.irregular)
+    scales = list(optimizer._shared_scales().values()) if isinstance(optimizer, VARIANTS["Global"]) else None
+    buckets, irregular = _core.gather(optimizer.param_groups, optimizer.state, scales)
+    return sorted(loc for bucket in buckets for loc in bucket.locations), sorted(irregular)
 
 
 class Twins:
@@ -485,8 +486,8 @@ def test_buckets_are_sorted_by_types() -> None:
         optimizer = VARIANTS["Local"]([params[i] for i in order])
         train(optimizer, 1)
         set_gradients(params, 1)
-        buckets = _core.gather(optimizer.param_groups, optimizer.state, False).buckets
-        found.append([(bucket.param_dtype, len(bucket)) for bucket in buckets])
+        buckets, _ = _core.gather(optimizer.param_groups, optimizer.state, None)
+        found.append([(bucket.params[0].dtype, len(bucket)) for bucket in buckets])
         for bucket in buckets:
             assert bucket.locations == sorted(bucket.locations)
             assert [optimizer.param_groups[0]["params"][i] for _, i in bucket.locations] == bucket.params
@@ -506,7 +507,7 @@ def test_float32_gradients_of_bfloat16_parameters_have_their_bucket() -> None:
     params[0].grad = torch.ones(3)
     from clara_fused.core import _core
 
-    assert len(_core.gather(optimizer.param_groups, optimizer.state, False).buckets) == 2
+    assert len(_core.gather(optimizer.param_groups, optimizer.state, None)[0]) == 2
     assert not gathered(optimizer)[1]
 
 
@@ -544,12 +545,11 @@ def test_malformed_groups_are_no_crash() -> None:
     trained = Trained()
     for groups in ([None], [{}], [{"params": None}], [{"params": {1, 2}}]):
         with pytest.raises(TypeError):
-            _core.gather(groups, trained.optimizer.state, False)
-    found = _core.gather([{"params": [None, 7, "text"]}], trained.optimizer.state, False)
-    assert not found.buckets and not found.irregular
+            _core.gather(groups, trained.optimizer.state, None)
+    assert _core.gather([{"params": [None, 7, "text"]}], trained.optimizer.state, None) == ([], [])
     for state in ({}, {trained.param: None}, {"note": 1}):
-        found = _core.gather(trained.optimizer.param_groups, state, False)
-        assert not found.buckets and len(found.irregular) == 4
+        buckets, irregular = _core.gather(trained.optimizer.param_groups, state, None)
+        assert not buckets and len(irregular) == 4
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,)])
@@ -631,9 +631,7 @@ def test_what_the_core_reads_lives_as_long_as_its_bucket(dropped: str) -> None:
 
     trained = Trained()
     witness = weakref.ref(trained.param.grad if dropped == "gradient" else trained.state["exp_avg"])
-    found = _core.gather(trained.optimizer.param_groups, trained.optimizer.state, False)
-    buckets = found.buckets
-    del found
+    buckets, _ = _core.gather(trained.optimizer.param_groups, trained.optimizer.state, None)
     trained.param.grad = None
     trained.state.clear()
     gc.collect()

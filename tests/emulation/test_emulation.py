@@ -60,8 +60,8 @@ FAULTS = {
     "off by one": Fault(
         "address",
         "element_kernels.cuh",
-        "first + kVector <= count; first += kStride) visit(Turn<Access::kAligned, 1>",
-        "first + kVector <= count + 1; first += kStride) visit(Turn<Access::kAligned, 1>",
+        "first + kVector <= count; first += kStride) visit(Turn<Access::kAligned>",
+        "first + kVector <= count + 1; first += kStride) visit(Turn<Access::kAligned>",
         "borders/float32-float32/local/aligned",
         "AddressSanitizer: heap-buffer-overflow",
     ),
