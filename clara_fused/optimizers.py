@@ -118,6 +118,7 @@ class AdamClara(Constructor, Optimizer):
                 paths may have taken up the gradients then.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self._gradients_are_placed = False  # see RankSums.fail
         try:
             inputs = self._read_inputs()
             ranks, inputs = sharding.join(self, inputs)
@@ -205,6 +206,7 @@ class AdamClara(Constructor, Optimizer):
         if self.one_scale:
             self._scales = {}
             self._shared_scales()
+        self._gradients_are_placed = True
         return {location: dtensors.local_work(*work) for location, work in works.items()}
 
     def _located(self, locations: Iterable[Location] | None) -> Iterator[tuple[Location, Tensor]]:
@@ -256,9 +258,12 @@ class AdamClara(Constructor, Optimizer):
         known = None if self.one_scale else self._known_initial_scale(self.param_groups[group_index])
         if known is not None:
             return known
-        groups = range(len(self.param_groups)) if self.one_scale else [group_index]
-        sizes = [self._size(index) for index in groups]
-        size = torch.stack([moved(each, sizes[0].device) for each in sizes]).sum(0)
+        groups = list(range(len(self.param_groups))) if self.one_scale else [group_index]
+        if self._ranks is not None:
+            size = self._ranks.size(groups)
+        else:
+            params = [param for index in groups for param in self.param_groups[index]["params"]]
+            size = state.size_of(state.trained(params) or params)
         _, lrs = self._options.read(self.param_groups)
         lr = largest_lr([coming_lr(lrs[index], self.param_groups[index], index) for index in groups], size.device)
         return state.cautious_scale(size, lr, own)
@@ -269,11 +274,6 @@ class AdamClara(Constructor, Optimizer):
             if id(param) in self._initial_scales and "lr_scale" in self.state.get(param, {}):
                 return self._initial_scales[id(param)]
         return None
-
-    def _size(self, group_index: int) -> Tensor:
-        if self._ranks is not None:
-            return self._ranks.size(group_index)
-        return state.size_of(self.param_groups[group_index]["params"])
 
     @torch.no_grad()
     def lr_scales(self) -> list[Tensor]:

@@ -236,12 +236,12 @@ def _initial_value(
 
 
 def size_of(params: Sequence[Tensor]) -> Tensor:
-    """How large those parameters are that are trained: float64 [2], sum of squares and number of elements here.
+    """How large these parameters are: float64 [2], sum of squares and number of elements here.
 
     On the device of the first of them (not meta if there are others); deterministic, whatever their order. Nothing is
     read by the host.
     """
-    parts = [dtensors.local(param) for param in params if _is_trained(param)]
+    parts = [dtensors.local(param) for param in params if not is_lazy(param)]  # lazy: no size before the module has run
     parts = [part for part in parts if part.is_floating_point() and part.layout is torch.strided]
     parts = [part for part in parts if not part.is_meta] or parts
     device = parts[0].device if parts else torch.device("cpu")
@@ -258,9 +258,9 @@ def size_of(params: Sequence[Tensor]) -> Tensor:
     return torch.stack([total, torch.full_like(total, numel)])
 
 
-def _is_trained(param: Tensor) -> bool:
-    """A lazy parameter has no size before its module has run."""
-    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
+def trained(params: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are not frozen."""
+    return [param for param in params if param.requires_grad or param.grad is not None]
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def cautious_scale(size: Tensor, lr: float | Tensor, options: GroupOptions) -> T
     and Stern, arXiv 1804.04235, section 8) and LAMB (You et al., arXiv 1904.00962), which take them all along.
 
     Args:
-        size: of `size_of`.
+        size: of `size_of` those that are trained; of all where none is, as they are about to be.
 
     Returns:
         0-dim float32, min(1, 0.01 RMS / lr) within the scale's bounds; 1 where RMS or lr is 0, or RMS is not finite.

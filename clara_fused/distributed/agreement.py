@@ -57,25 +57,42 @@ def describe_members(members: Sequence[Placed], by_place: bool) -> list[str]:
     return lines
 
 
-def compare_ranks(collective: Collective, mine: list[str]) -> None:
-    """Raise on all ranks if one of them is about to add something else than this one; waits for all of them."""
+def compare_ranks(compared: Sequence[tuple[Collective, list[str]]]) -> None:
+    """Raise on all ranks if one of them is about to add something else than another one; waits for all of them.
+
+    Nobody raises before everything is compared, and the ranks have told each other what came of it: whoever has raised
+    is missing in what the others compare next.
+    """
     import torch.distributed as dist
 
-    checksum = float(_checksum(mine))
-    groups = collective.groups_to_agree
-    extremes = torch.tensor([checksum, -checksum], dtype=torch.float64, device="cpu")
-    for group in groups:
-        extremes = extremes.to(sending_device(group, collective.members))
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    largest, negative_smallest = extremes.tolist()
-    if largest == -negative_smallest:
+    def largest(collective: Collective, *numbers: float) -> list[float]:
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        for group in collective.groups_to_agree:
+            values = values.to(sending_device(group, collective.members))
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        return values.tolist()
+
+    differing = []
+    for collective, lines in compared:
+        checksum = float(_checksum(lines))
+        highest, negative_lowest = largest(collective, checksum, -checksum)
+        if highest != -negative_lowest:
+            differing.append((collective, lines))
+    known = float(bool(differing))
+    for collective, _ in compared:
+        (known,) = largest(collective, known)
+    if not known:
         return
-    lines_by_rank = {dist.get_rank(): mine}
-    for group in groups:
-        gathered: list[dict[int, list[str]]] = [{}] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, lines_by_rank, group=group)
-        lines_by_rank = {rank: lines for part in gathered for rank, lines in part.items()}
-    raise RanksDisagreeError(_first_difference(lines_by_rank))
+    differences = []
+    for collective, lines in differing:
+        lines_by_rank = {dist.get_rank(): lines}
+        for group in collective.groups_to_agree:
+            gathered: list[dict[int, list[str]]] = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, lines_by_rank, group=group)
+            lines_by_rank = {rank: lines for part in gathered for rank, lines in part.items()}
+        differences.append(_first_difference(lines_by_rank))
+    elsewhere = "other ranks disagree that share parameters with ranks that this one shares parameters with"
+    raise RanksDisagreeError(differences[0] if differences else elsewhere)
 
 
 def agreed_collectives(
@@ -106,10 +123,9 @@ def agreed_collectives(
                 collectives.append(Collective(process_group, total.ranks, None, shards))
         collectives = merged(collectives, alone)
     compared = [*collectives, *(each for each in per_mesh if each.mesh not in [known.mesh for known in collectives])]
-    for each in compared:
-        # Where each rank may have others the common ones may be in other places.
-        members = () if each is total else each.members
-        compare_ranks(each, [*hyperparameters, *describe_members(members, by_place=total is None)])
+    # Where each rank may have others the common ones may be in other places.
+    described = [describe_members(() if each is total else each.members, by_place=total is None) for each in compared]
+    compare_ranks([(each, [*hyperparameters, *lines]) for each, lines in zip(compared, described, strict=True)])
     summed = [each for each in collectives if len(each.ranks) > 1 and each.members]
     return summed, total if total is not None and len(total.ranks) > 1 else None
 

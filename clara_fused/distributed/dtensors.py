@@ -74,12 +74,19 @@ def placed_as_shard(part: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
 def local_work(location: Location, param: Tensor, grad: Tensor, state: dict[str, Any]) -> TensorWork:
     """What the back ends get to see of a parameter: of a DTensor, this rank's part of it and of its state.
 
-    A gradient with other placements than its parameter (DTensor's autograd leaves sums over ranks undone) is brought
-    to the parameter's first, as torch.optim's own operations do.
+    All ranks call this with the same parameters in the same order, as `place_gradient` may send.
     """
     if not is_dtensor(param):
         return TensorWork(location, param, grad, state)
-    if grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = placed_like(grad, param)
     parts = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-    return TensorWork(location, local(param), local(grad), parts)
+    return TensorWork(location, local(param), local(place_gradient(param, grad)), parts)
+
+
+def place_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with its parameter's placements, as torch.optim's own operations bring it to them.
+
+    It may have others: DTensor's autograd leaves sums over ranks undone.
+    """
+    if not is_dtensor(grad) or grad.placements == param.placements:  # type: ignore[attr-defined]
+        return grad
+    return placed_like(grad, param)

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from .. import adaptation
 from ..scalars import TensorScalars
-from ..state import SCALARS, size_of
+from ..state import SCALARS, names_of, size_of, trained
 from ..step import Bucket, Location, StepInputs, moved
 from ..tensors import check_placements
 from .agreement import CHECKSUM_BITS, DisagreementWatch, RanksDisagreeError, agreed_collectives
 from .collectives import Collective, on_device
+from .dtensors import place_gradient
 from .placement import ParamGroups, holds_fsdp1_shards, located, needs_sums, signature_of
 
 if TYPE_CHECKING:
@@ -128,18 +129,19 @@ class RankSums:
         """Whether every tensor is whole on its rank: nothing is ever sent."""
         return not self._all_collectives
 
-    def size(self, group_index: int) -> Tensor:
-        """`state.size_of` the whole parameters of a group, of all ranks, float64 [2]; sends nothing.
+    def size(self, group_indices: list[int]) -> Tensor:
+        """`state.size_of` the whole parameters of some groups, of all ranks: those trained, or all if none is.
 
         As they were when this was made: a rank cannot know when others create their first state of a group.
         """
-        return self._sizes[group_index]
+        of_frozen, of_trained = self._sizes[group_indices].sum(0)
+        return torch.where(of_trained[1] > 0.0, of_trained, of_frozen)
 
     # --- what is learned from the other ranks, once ---
 
     def _whole_sizes(self, groups: int) -> Tensor:
         alone = dict(self._params)
-        sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
+        sizes = torch.zeros(groups, 2, 2, dtype=torch.float64, device="cpu")
         for collective in self._collectives:
             for member in collective.members:
                 del alone[member.location]
@@ -169,7 +171,8 @@ class RankSums:
     def _state_of(self, location: Location) -> dict[str, Any] | None:
         """The state of a parameter if it has a complete one."""
         entry = self._optimizer().state.get(self._params[location])  # type: ignore[union-attr]
-        return entry if entry and all(name in entry for name in SCALARS) else None
+        names = names_of(self._inputs.options[location.group_index].amsgrad)
+        return entry if entry and all(name in entry for name in names) else None
 
     def _create_state(self, location: Location) -> dict[str, Any]:
         return self._optimizer()._create_state(location)  # type: ignore[union-attr, no-any-return]
@@ -327,9 +330,16 @@ class RankSums:
 
     def fail(self, found_inf: Tensor | float | None) -> None:
         """Make the ranks that wait for this one's part in the step's sums raise; waits for them."""
+        if self.idle:
+            return
         if found_inf is not None and not self._overflow_is_known:
             self._overflow_of_all_ranks(torch.as_tensor(found_inf, device=self._all_collectives[0].device))
         self._overflow_is_known = False
+        optimizer = self._optimizer()
+        if optimizer is not None and not optimizer._gradients_are_placed:  # by the others in any case
+            for param in self._params.values():
+                if param.grad is not None:
+                    place_gradient(param, param.grad)
         for collective in self._all_collectives:
             if collective is self._total:
                 numbers = len(adaptation.Evidence._fields)
@@ -345,11 +355,11 @@ def _have_gradient(sums: Tensor) -> Tensor:
 
 
 def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]]) -> Tensor:
-    """`size_of` this rank's parts of those parameters that are trained, by group, float64 [groups, 2] on the CPU."""
-    by_group: dict[tuple[int, float], list[Tensor]] = {}
+    """`size_of` this rank's parts of parameters, by group, frozen and trained, float64 [groups, 2, 2] on the CPU."""
+    by_group: dict[tuple[int, int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        by_group.setdefault((location.group_index, weight), []).append(param)
-    sizes = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
-    for (group_index, weight), params in by_group.items():
-        sizes[group_index] += weight * size_of(params).cpu()
+        by_group.setdefault((location.group_index, len(trained([param])), weight), []).append(param)
+    sizes = torch.zeros(groups, 2, 2, dtype=torch.float64, device="cpu")
+    for (group_index, is_trained, weight), params in by_group.items():
+        sizes[group_index, is_trained] += weight * size_of(params).cpu()
     return sizes

@@ -309,6 +309,104 @@ def test_a_step_that_fails_on_one_rank_fails_on_all(
         assert "the step of a rank has failed" in message
 
 
+def step_that_fails_on_a_grid(variant: str, layout: str) -> str:
+    """Of four ranks 0 fails, which shares one sum with rank 1, another one with rank 2, and none with rank 3."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    places = {"dp": (grid["dp"], [Shard(0)]), "tp": (grid["tp"], [Shard(0)]), "grid": (grid, [Shard(0), Shard(1)])}
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 6), *places[name])) for name in layout.split()]
+    optimizer = VARIANTS[variant](params, **MOVING)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    if dist.get_rank() == 0:
+        _bad_option(optimizer)
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        optimizer.step()
+    return type(caught.value).__name__
+
+
+@pytest.mark.parametrize("layout", ["dp grid", "grid dp", "dp tp"])
+@pytest.mark.parametrize("variant", ["Local", "Global"])
+def test_a_first_step_that_fails_on_one_rank_of_a_grid_fails_on_all(world4: World, variant: str, layout: str) -> None:
+    """Ranks that had agreed in one sum went on to the next, where those that had not never came."""
+    assert world4.run(step_that_fails_on_a_grid, variant, layout) == ["ValueError"] + ["RanksDisagreeError"] * 3
+
+
+def step_that_fails_beside_gradients_to_be_placed(at_step: int) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    replicated = nn.Parameter(distribute_tensor(torch.ones(40), mesh, [Replicate()]))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    optimizer = clara_fused.AdamClaraLocal([sharded, replicated], **MOVING)
+    for step in range(at_step + 1):
+        sharded.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+        replicated.grad = DTensor.from_local(torch.ones(40), mesh, [Partial()])
+        if step == at_step and dist.get_rank() == 1:
+            optimizer.state[sharded]["exp_avg"] = 3
+        try:
+            optimizer.step()
+        except Exception as error:
+            assert step == at_step, error
+            return type(error).__name__
+    return ""
+
+
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_step_that_fails_beside_gradients_to_be_placed(world2: World, at_step: int) -> None:
+    """The others' gradients are brought to their placements, for which all ranks send: sums of unlike things met."""
+    found = world2.run(step_that_fails_beside_gradients_to_be_placed, at_step)
+    assert found == ["RanksDisagreeError", "ValueError"]
+
+
+def failure_where_nothing_is_summed() -> str:
+    param = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Replicate()]))
+    optimizer = clara_fused.AdamClaraLocal([param])
+    param.grad, optimizer.found_inf = torch.ones_like(param), torch.tensor(0.0)
+    optimizer.step()
+    _bad_option(optimizer)
+    with pytest.raises(ValueError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_a_step_that_fails_where_nothing_is_summed_has_its_own_error(world2: World) -> None:
+    for message in world2.run(failure_where_nothing_is_summed):
+        assert "Invalid smoothing value: 7.0" in message
+
+
+def thawing(variant: str, one_group: bool) -> None:
+    """A part that is trained from the third step on begins as in one process."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).double()
+
+    models = build(), build()
+    for module in (*models[0], models[0]):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    optimizers = []
+    for model in models:
+        model[0].requires_grad_(False)
+        parts = [model] if one_group else model
+        optimizers.append(VARIANTS[variant]([{"params": list(part.parameters())} for part in parts], lr=0.1))
+    for step in range(4):
+        torch.manual_seed(step)
+        inputs = torch.randn(6, 8).double()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model[0].requires_grad_(step >= 2)
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        ours, alone = (torch.cat(optimizer.lr_scales()) for optimizer in optimizers)
+        torch.testing.assert_close(ours, alone, rtol=1e-6, atol=0.0)
+        assert ours.max() < 0.5
+
+
+@pytest.mark.parametrize("one_group", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_part_that_thaws_begins_cautiously(world2: World, variant: str, one_group: bool) -> None:
+    """Its size was taken when all of it was frozen, as 0: it began at mu = 1."""
+    world2.run(thawing, variant, one_group)
+
+
 def step_that_fails_on_all_ranks(at_step: int) -> str:
     param = nn.Parameter(torch.ones(4))
     optimizer = clara_fused.AdamClaraLocal([param], **MOVING, process_group=dist.group.WORLD)
