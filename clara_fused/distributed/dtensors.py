@@ -87,6 +87,6 @@ def place_gradient(param: Tensor, grad: Tensor) -> Tensor:
 
     It may have others: DTensor's autograd leaves sums over ranks undone.
     """
-    if not is_dtensor(grad) or grad.placements == param.placements:  # type: ignore[attr-defined]
+    if not (is_dtensor(param) and is_dtensor(grad)) or grad.placements == param.placements:  # type: ignore[attr-defined]
         return grad
     return placed_like(grad, param)

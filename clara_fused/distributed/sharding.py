@@ -330,16 +330,16 @@ class RankSums:
 
     def fail(self, found_inf: Tensor | float | None) -> None:
         """Make the ranks that wait for this one's part in the step's sums raise; waits for them."""
-        if self.idle:
-            return
-        if found_inf is not None and not self._overflow_is_known:
+        if found_inf is not None and not self._overflow_is_known and not self.idle:
             self._overflow_of_all_ranks(torch.as_tensor(found_inf, device=self._all_collectives[0].device))
         self._overflow_is_known = False
         optimizer = self._optimizer()
         if optimizer is not None and not optimizer._gradients_are_placed:  # by the others in any case
             for param in self._params.values():
-                if param.grad is not None:
-                    place_gradient(param, param.grad)
+                # One that cannot be placed may be what this rank's error is about.
+                with contextlib.suppress(Exception):
+                    if param.grad is not None:
+                        place_gradient(param, param.grad)
         for collective in self._all_collectives:
             if collective is self._total:
                 numbers = len(adaptation.Evidence._fields)

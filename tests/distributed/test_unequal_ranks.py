@@ -357,19 +357,46 @@ def test_a_step_that_fails_beside_gradients_to_be_placed(world2: World, at_step:
 
 
 def failure_where_nothing_is_summed() -> str:
-    param = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Replicate()]))
+    """Rank 1 fails; the other one brings its gradient to its parameter's placements, for which it needs both."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
     optimizer = clara_fused.AdamClaraLocal([param])
-    param.grad, optimizer.found_inf = torch.ones_like(param), torch.tensor(0.0)
-    optimizer.step()
-    _bad_option(optimizer)
-    with pytest.raises(ValueError) as caught:
+    optimizer.found_inf = torch.tensor(0.0)
+    for step in range(2):
+        param.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+        if step == 1 and dist.get_rank() == 1:
+            _bad_option(optimizer)
+            with pytest.raises(ValueError) as caught:
+                optimizer.step()
+            return str(caught.value)
         optimizer.step()
-    return str(caught.value)
+    return ""
 
 
 def test_a_step_that_fails_where_nothing_is_summed_has_its_own_error(world2: World) -> None:
-    for message in world2.run(failure_where_nothing_is_summed):
-        assert "Invalid smoothing value: 7.0" in message
+    first, second = world2.run(failure_where_nothing_is_summed)
+    assert not first
+    assert "Invalid smoothing value: 7.0" in second
+
+
+def gradient_that_cannot_be_placed() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    sharded, plain = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])), nn.Parameter(torch.ones(4))
+    optimizer = clara_fused.AdamClaraLocal([sharded, plain], **MOVING)
+    for step in range(2):
+        sharded.grad, plain.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)]), torch.ones(4)
+        if step == 1 and dist.get_rank() == 1:
+            plain.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()], run_check=False)
+        try:
+            optimizer.step()
+        except Exception as error:
+            assert step == 1, error
+            return type(error).__name__
+    return ""
+
+
+def test_a_gradient_that_cannot_be_placed_is_told_to_all(world2: World) -> None:
+    assert world2.run(gradient_that_cannot_be_placed) == ["RanksDisagreeError", "TypeError"]
 
 
 def thawing(variant: str, one_group: bool) -> None:
