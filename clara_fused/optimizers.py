@@ -263,7 +263,7 @@ class AdamClara(Constructor, Optimizer):
             size = self._ranks.size(groups)
         else:
             params = [param for index in groups for param in self.param_groups[index]["params"]]
-            size = state.size_of(state.trained(params) or params)
+            size = state.size_of(list(filter(state.is_trained, params)) or params)
         _, lrs = self._options.read(self.param_groups)
         lr = largest_lr([coming_lr(lrs[index], self.param_groups[index], index) for index in groups], size.device)
         return state.cautious_scale(size, lr, own)

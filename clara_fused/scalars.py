@@ -53,7 +53,7 @@ class TensorScalars:
 
     def rescale(self, evidence: Tensor) -> None:
         """Let the scales follow the evidence: [n, 8], or [1, 8] for the one scale that all tensors share."""
-        scales = self.column("lr_scale")[: len(evidence)]
+        scales = torch.stack([state["lr_scale"] for state in self._states[: len(evidence)]])
         self._write("lr_scale", adaptation.adapted_scales(scales, evidence, self._options))
 
     def _write(self, name: str, values: Tensor) -> None:

@@ -258,9 +258,9 @@ def size_of(params: Sequence[Tensor]) -> Tensor:
     return torch.stack([total, torch.full_like(total, numel)])
 
 
-def trained(params: Sequence[Tensor]) -> list[Tensor]:
-    """Those that are not frozen."""
-    return [param for param in params if param.requires_grad or param.grad is not None]
+def is_trained(param: Tensor) -> bool:
+    """Whether a parameter is not frozen."""
+    return param.requires_grad or param.grad is not None
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import adaptation
 from ..scalars import TensorScalars
-from ..state import SCALARS, names_of, size_of, trained
+from ..state import SCALARS, is_trained, names_of, size_of
 from ..step import Bucket, Location, StepInputs, moved
 from ..tensors import check_placements
 from .agreement import CHECKSUM_BITS, DisagreementWatch, RanksDisagreeError, agreed_collectives
@@ -358,8 +358,8 @@ def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]])
     """`size_of` this rank's parts of parameters, by group, frozen and trained, float64 [groups, 2, 2] on the CPU."""
     by_group: dict[tuple[int, int, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        by_group.setdefault((location.group_index, len(trained([param])), weight), []).append(param)
+        by_group.setdefault((location.group_index, int(is_trained(param)), weight), []).append(param)
     sizes = torch.zeros(groups, 2, 2, dtype=torch.float64, device="cpu")
-    for (group_index, is_trained, weight), params in by_group.items():
-        sizes[group_index, is_trained] += weight * size_of(params).cpu()
+    for (group_index, kind, weight), params in by_group.items():
+        sizes[group_index, kind] += weight * size_of(params).cpu()
     return sizes

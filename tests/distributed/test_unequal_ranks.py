@@ -59,6 +59,28 @@ def test_scales_stay_equal_where_gradients_are_missing(world2: World, variant: s
     assert all(a != b for a, b in itertools.pairwise(first[:6]))
 
 
+def amsgrad_switched_on_without_a_gradient(use_group: bool) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.ones(4)
+    param = nn.Parameter(values if use_group else DTensor.from_local(values, mesh, [Shard(0)], run_check=False))
+    options = {**MOVING, "process_group": dist.group.WORLD if use_group else None}
+    optimizer = clara_fused.AdamClaraLocal([param], **options)
+    for step in range(2):
+        if step == 1:
+            optimizer.param_groups[0]["amsgrad"] = True
+        param.grad = None if step == 1 and dist.get_rank() == 1 else torch.ones_like(param)
+        optimizer.step()
+    return sorted(optimizer.state[param])
+
+
+@pytest.mark.parametrize("use_group", [False, True], ids=["dtensor", "process_group"])
+def test_all_ranks_have_the_same_entries(world2: World, use_group: bool) -> None:
+    """Whoever gathers a whole state calls every rank for every entry."""
+    first, second = world2.run(amsgrad_switched_on_without_a_gradient, use_group)
+    assert first == second
+    assert "max_exp_avg_sq" in first
+
+
 def rank_without_parameters_of_its_own() -> list[float]:
     """ZeRO with more ranks than parameters: some ranks never step anything."""
     param = nn.Parameter(torch.ones(3, dtype=torch.float64))
