@@ -401,14 +401,17 @@ def test_a_step_that_fails_where_nothing_is_summed_has_its_own_error(world2: Wor
     assert "Invalid smoothing value: 7.0" in second
 
 
-def gradient_that_cannot_be_placed() -> str:
-    mesh = init_device_mesh("cpu", (2,))
+def gradient_that_cannot_be_placed(of_plain: bool) -> str:
+    mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     sharded, plain = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])), nn.Parameter(torch.ones(4))
     optimizer = clara_fused.AdamClaraLocal([sharded, plain], **MOVING)
     for step in range(2):
         sharded.grad, plain.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)]), torch.ones(4)
         if step == 1 and dist.get_rank() == 1:
-            plain.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()], run_check=False)
+            if of_plain:
+                plain.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()], run_check=False)
+            else:
+                sharded.grad = DTensor.from_local(torch.ones(4), other_mesh, [Replicate()] * 2, run_check=False)
         try:
             optimizer.step()
         except Exception as error:
@@ -417,8 +420,11 @@ def gradient_that_cannot_be_placed() -> str:
     return ""
 
 
-def test_a_gradient_that_cannot_be_placed_is_told_to_all(world2: World) -> None:
-    assert world2.run(gradient_that_cannot_be_placed) == ["RanksDisagreeError", "TypeError"]
+@pytest.mark.parametrize("of_plain", [True, False], ids=["of a plain parameter", "on another mesh"])
+def test_a_gradient_that_cannot_be_placed_is_told_to_all(world2: World, of_plain: bool) -> None:
+    first, second = world2.run(gradient_that_cannot_be_placed, of_plain)
+    assert first == "RanksDisagreeError"
+    assert second == "TypeError" if of_plain else second not in ("", first)
 
 
 def thawing(variant: str, one_group: bool) -> None:
