@@ -57,6 +57,7 @@ class PathSums(NamedTuple):
     step_sq: Tensor  # U, of Adam's steps u
     grad_sq: Tensor  # G, of the gradients g~ in units of their own size
     path_before_sq: Tensor  # N', of the path before this step, with the weights of this step
+    walk_moment_sq: Tensor  # V, of what m~^2 is expected to be, m~ = m/d
     path_grad: Tensor  # X, of the path before this step times g~
     weight: Tensor  # D, of the weights themselves
     weight_sq: Tensor  # D2, of their squares; times c^2
@@ -64,15 +65,17 @@ class PathSums(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What N is expected to be if every new gradient is independent of the past, in units of N; zeros at first.
+    """What N is expected to be if every new gradient is independent of the past; zeros at first.
 
-    And x, the cosine of the angle between the path and the gradient that comes next.
+    Kept so that a change of the weights d leaves it as it is: what is expected of a length is kept over the length
+    itself, which the next step measures anew with its own weights. And x, the cosine of the angle between the path and
+    the gradient that comes next.
     """
 
-    moment_sq: Tensor  # V / N, V of m~^2, m~ = m/d
-    path_moment: Tensor  # C / N, C of path m~
-    path_sq: Tensor  # P / N, P of path^2
-    grad_peak: Tensor  # M / N, M the largest G of the last dozens of steps
+    moment_sq: Tensor  # V / W: V the expected sum of d m~^2, W the sum itself
+    path_moment: Tensor  # (C / n)^(1/2): C the expected sum of path m. The root of what floats hold is a float
+    path_sq: Tensor  # P / N: P the expected sum of d path^2
+    grad_peak: Tensor  # M, the largest G / D of the last dozens of steps
     cosine: Tensor  # x
     cosine_sq: Tensor  # an average of x^2 over some steps
     cosine_lag: Tensor  # and of x times the x before it
@@ -83,11 +86,11 @@ class Evidence(NamedTuple):
 
     path_sq: Tensor  # N
     walk_sq: Tensor  # P
-    # What P would be if all gradients were as long as Adam remembers them (D), or as the longest of late (M) if that is
-    # less.
+    # What P would be if all gradients were as long as Adam remembers them (D), or as the longest of late (M D) if that
+    # is less.
     long_walk_sq: Tensor
     step_sq: Tensor  # U
-    step_walk_sq: Tensor  # what U is expected to be
+    step_walk_sq: Tensor  # what U is expected to be: U V / W
     weight: Tensor  # D
     weight_sq: Tensor  # D2: what varies independently has variances that add up
     shared_weight: Tensor  # D sqrt(h), of shared noise: what varies together has standard deviations that add up
@@ -98,7 +101,7 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
 
     Args:
         walks: float32 [n, 7], columns of `Walk`.
-        sums: float64 [n, 8], columns of `PathSums`.
+        sums: float64 [n, 9], columns of `PathSums`.
         steps: float64 [n], number of the step, from 1.
         moves: whether lr is not 0; a bool, or a bool tensor of one element.
 
@@ -108,21 +111,24 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
     old, new = Walk(*walks.to(sums.dtype).unbind(-1)), PathSums(*sums.unbind(-1))
     beta1, q = options.beta1, 1.0 - options.smoothing
     bias1 = bias_correction(options.log_beta1, steps)
-    before = new.path_before_sq
+    before, length_sq = new.path_before_sq, bias1 * bias1 * new.step_sq  # N', W
     # Without a path so far the moments may all the same be old (a checkpoint of Adam's): their squares as they are.
     # From a fresh start this is the recursion's own value.
     moment_sq = torch.where(
         before == 0.0,
-        bias1 * bias1 * new.step_sq,
-        beta1 * beta1 * old.moment_sq * before + (1.0 - beta1) ** 2 * new.grad_sq,
+        length_sq,
+        torch.maximum(new.walk_moment_sq, (1.0 - beta1) ** 2 * new.grad_sq),
     )
-    grad_peak = torch.maximum(_PEAK_MEMORY * old.grad_peak * before, new.grad_sq)
-    path_moment, path_sq = beta1 * old.path_moment * before, old.path_sq * before
+    grad_peak = torch.maximum(_PEAK_MEMORY * old.grad_peak, new.grad_sq / new.weight)
+    path_sq = old.path_sq * before
+    # At most what lengths allow: elements that v's overflow has taken out of these are still in C.
+    path_moment = torch.minimum(beta1 * old.path_moment**2 * new.numel, path_sq.sqrt() * moment_sq.sqrt())
     a = path_gain(options.smoothing) / bias1
     path_sq = _where(moves, q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq, path_sq)
     path_moment = _where(moves, q * path_moment + a * moment_sq, path_moment)  # else only m has moved
-    lengths = torch.stack((moment_sq, path_moment, path_sq, grad_peak), -1) / new.path_sq.unsqueeze(-1)
-    advanced = torch.cat((lengths, _advanced_cosines(old, new)), -1).to(walks.dtype)
+    moment_sq = torch.where(length_sq == 0.0, 0.0, moment_sq / length_sq)
+    kept = torch.stack((moment_sq, torch.sqrt(path_moment / new.numel), path_sq / new.path_sq, grad_peak), -1)
+    advanced = torch.cat((kept, _advanced_cosines(old, new)), -1).to(walks.dtype)
     return torch.where(torch.isfinite(advanced.sum(-1, keepdim=True)), advanced, walks)
 
 
@@ -142,16 +148,39 @@ def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return yes if condition else no
 
 
-def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
+def expected_moment_sq(
+    m_before: Tensor,
+    d_before: Tensor,
+    grad: Tensor,
+    unit_grad: Tensor,
+    d: Tensor,
+    kept: float | Tensor,
+    beta1: float,
+    out: Tensor,
+) -> None:
+    """What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past; `kept`: V / W before this step.
+
+    Of twice the product of both parts of m, the mean over d is not 0: d is made of this gradient as well, and where
+    that is skewed it shows. But it is 0 over anything that was known before, as d_before was, and m_before, which it is
+    not to be less than: of a v that forgets at once it may be next to nothing. Overwrites d_before.
+    """
+    known = torch.maximum(d_before, m_before.abs(), out=d_before)
+    torch.div(grad, known, out=out)
+    unit_m_before = torch.div(m_before, d, out=d_before)
+    # Without eps what nothing is known of has 0 / 0.
+    out.neg_().add_(unit_grad).mul_(unit_m_before).masked_fill_(m_before == 0.0, 0.0).mul_(2.0 * beta1 * (1.0 - beta1))
+    out.add_(unit_m_before.square_().mul_(kept * beta1**2)).addcmul_(unit_grad, unit_grad, value=(1.0 - beta1) ** 2)
+
+
+def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: bool | Tensor) -> Tensor:
     """Columns of `Evidence`, float64 [n, 8], after `advanced_walks`; arguments as there.
 
     Zeros, so no vote, where nothing moves or the gradients are all zero.
     """
     s, walk = PathSums(*sums.unbind(-1)), Walk(*walks.to(sums.dtype).unbind(-1))
-    step_walk_sq = walk.moment_sq * s.path_sq / bias_correction(options.log_beta1, steps) ** 2
-    remembered = torch.minimum(s.weight, walk.grad_peak * s.path_sq)
-    long_walk_sq = unit_walk(options.beta1, options.smoothing) * remembered
-    walk_sq, shared_weight = walk.path_sq * s.path_sq, _shared_noise(walk).sqrt() * s.weight
+    long_walk_sq = unit_walk(options.beta1, options.smoothing) * walk.grad_peak.clamp(max=1.0) * s.weight
+    walk_sq, step_walk_sq = walk.path_sq * s.path_sq, walk.moment_sq * s.step_sq
+    shared_weight = _shared_noise(walk).sqrt() * s.weight
     row = Evidence(s.path_sq, walk_sq, long_walk_sq, s.step_sq, step_walk_sq, s.weight, s.weight_sq, shared_weight)
     evidence = torch.stack(row, -1)
     nothing = torch.zeros_like(evidence)
@@ -181,13 +210,13 @@ def excess(e: Evidence) -> Tensor:
     above = _with_prior(e.path_sq / torch.maximum(e.walk_sq, e.long_walk_sq), count, 32.0)
     # Short, and more so than the momentum can tell within its few steps; or all of it cancelled within these.
     ratio = e.path_sq / e.walk_sq
-    agreement = (e.step_sq / e.step_walk_sq).clamp(max=1.0)
+    agreement = torch.where(e.step_sq == 0.0, 0.0, (e.step_sq / e.step_walk_sq).clamp(max=1.0))
     lost = 1.0 - agreement
     alternating = torch.maximum(0.2 * lost**4, lost * (ratio / agreement).clamp(max=1.0) ** 2)
     rest = torch.maximum(0.4 * agreement**4, alternating)
     below = torch.maximum(1.0 - 0.5 / _with_prior(ratio, count, 8.0), 1.0 - rest / _with_prior(ratio, count, 2.0))
     below = below.clamp(max=0.0)
-    return torch.where(above > 1.25, 1.0 - 1.25 / above, below)
+    return torch.where(above > 1.35, 1.0 - 1.35 / above, below)
 
 
 def adapted_scales(scales: Tensor, evidence: Tensor, options: GroupOptions) -> Tensor:

@@ -42,13 +42,13 @@ class TensorScalars:
         return steps.to(adaptation.scalar_dtype(steps.device)) + 1.0
 
     def advance(self, sums: Tensor) -> Tensor:
-        """Count the step and move the walks on, by whole-tensor sums [n, 8]; returns evidence [n, 8]."""
+        """Count the step and move the walks on, by whole-tensor sums [n, 9]; returns evidence [n, 8]."""
         walks = torch.stack([self.column(name) for name in WALK], dim=-1)
         walks = adaptation.advanced_walks(walks, sums, self._options, self.steps, self._moves)
         for name, values in zip(WALK, walks.unbind(-1), strict=True):
             self._write(name, values)
         self._write("step", self.steps)
-        evidence = adaptation.evidence_of(sums, walks, self._options, self.steps, self._moves)
+        evidence = adaptation.evidence_of(sums, walks, self._options, self._moves)
         return evidence if self._keep is None else torch.where(self._keep.unsqueeze(-1), 0.0, evidence)
 
     def rescale(self, evidence: Tensor) -> None:

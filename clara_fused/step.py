@@ -69,11 +69,11 @@ class Bucket(Protocol):
     def device(self) -> torch.device: ...
 
     def measure(self) -> Tensor:
-        """Write the path. Returns float64 [n, 8] on `device`, columns of `adaptation.PathSums`; this rank's part."""
+        """Write the path. Returns float64 [n, 9] on `device`, columns of `adaptation.PathSums`; this rank's part."""
         ...
 
     def advance(self, sums: Tensor) -> Tensor:
-        """Count the step and move the walks on, by whole-tensor sums [n, 8].
+        """Count the step and move the walks on, by whole-tensor sums [n, 9].
 
         Returns:
             float64 [n, 8] on `device`, columns of `adaptation.Evidence`.

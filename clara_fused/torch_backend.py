@@ -42,6 +42,11 @@ class _Block:
     paths: list[Tensor]
     sample: Sample
 
+    @property
+    def second_moments(self) -> list[Tensor]:
+        """What the denominator is made of."""
+        return self.max_exp_avg_sqs or self.exp_avg_sqs
+
 
 class TorchBucket:
     """Tensors of one param group that share device and dtypes; implements `step.Bucket`."""
@@ -86,7 +91,7 @@ class TorchBucket:
             sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
             if self._skipped:
                 return sums
-            coefficients = _Coefficients(self, *self._bias_corrections)
+            coefficients = _Coefficients(self, *self._bias_corrections, self._scalars.column("walk_moment_sq"))
             per_unit = [self._measure_unit(unit, coefficients) for unit in self._blocks(sampled=True)]
             sums[:, :-1] = torch.cat(per_unit, dim=1).T
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
@@ -191,7 +196,7 @@ class TorchBucket:
     # --- measure ---
 
     def _measure_unit(self, blocks: list[_Block], coefficients: _Coefficients) -> Tensor:
-        """The columns of `adaptation.PathSums` but the last, [7, tensors of the unit]."""
+        """The columns of `adaptation.PathSums` but the last, [8, tensors of the unit]."""
         parts = [self._measure_block(block, coefficients) for block in blocks]
         if len(parts) == 1:
             return parts[0]
@@ -203,40 +208,37 @@ class TorchBucket:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
         step, second = self._new_moments(block, grad, sample, copy=True)[::2]  # not v: its memory is needed
-        inverse_bias1, root_bias2 = coefficients.of(block.rows)
+        inverse_bias1, root_bias2, kept = coefficients.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         step.div_(denominator).mul_(inverse_bias1)
         before = self._load(block.paths)
         path = self._extended_path(before, step)
-        unit_grad = grad / denominator
-        weight = None
+        terms, all_terms = self._terms(*grad.shape)
+        path_sq, step_sq, grad_sq, before_sq, expected, path_grad, weight = terms  # written once each
+        torch.div(grad, denominator, out=grad_sq)
+        torch.mul(before, grad_sq, out=path_grad)
+        d_before = torch.div(self._load(block.second_moments, sample).sqrt(), root_bias2, out=weight).add_(options.eps)
+        m_before = self._load(block.exp_avgs, sample)
+        adaptation.expected_moment_sq(m_before, d_before, grad, grad_sq, denominator, kept, options.beta1, out=expected)
+        for root, square in ((path, path_sq), (step, step_sq), (grad_sq, grad_sq), (before, before_sq)):
+            torch.mul(root, root, out=square)
+        weight.fill_(1.0)
         if adaptation.in_adams_metric(options):  # of an element whose v has overflowed 0: it moves no more
-            weight = denominator.nan_to_num(nan=math.nan, posinf=0.0)
-        pairs = ((path, path), (step, step), (unit_grad, unit_grad), (before, before), (before, unit_grad))
-        sums = self._weighted_sums(pairs, weight)
+            torch.nan_to_num(denominator, nan=math.nan, posinf=0.0, out=weight)
+            terms[:-1].mul_(weight)
+        sums = torch.cat([self._row_sums(all_terms), self._row_sums(all_terms[-1:].square_())])
         self._store(path, block.paths, self._undo)
         share = sample.kept / sample.run
         sums /= share
         sums[-1] /= share
         return sums
 
-    def _weighted_sums(self, pairs: Sequence[tuple[Tensor, Tensor]], weight: Tensor | None) -> Tensor:
-        """Sums of products of arrays [rows, elements], of the weights and of these' squares; None: all count alike.
-
-        Returns:
-            float64 [number of pairs + 2, rows]; bitwise the same for any number of threads.
-        """
-        count, numel = pairs[0][0].shape
+    def _terms(self, rows: int, numel: int) -> tuple[Tensor, Tensor]:
+        """Memory for what is summed, [sums, rows, numel]; and the same padded with zeros to whole blocks of sums."""
         padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(len(pairs) + 1, count, padded, dtype=self._dtype, device=self.device)
-        for (one, other), term in zip(pairs, terms[:, :, :numel], strict=False):
-            torch.mul(one, other, out=term)
-            if weight is not None:
-                term.mul_(weight)
-        terms[-1, :, :numel] = 1.0 if weight is None else weight
-        if padded != numel:
-            terms[:, :, numel:] = 0.0
-        return torch.cat([self._row_sums(terms), self._row_sums(terms[-1:].square_())])
+        terms = torch.empty(len(adaptation.PathSums._fields) - 2, rows, padded, dtype=self._dtype, device=self.device)
+        terms[:, :, numel:] = 0.0
+        return terms[:, :, :numel], terms
 
     def _row_sums(self, terms: Tensor) -> Tensor:
         """Sums over the last dimension, of at most `_SUM_BLOCK` elements or a multiple of it."""

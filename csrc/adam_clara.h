@@ -72,6 +72,7 @@ template <typename T>
 struct MeasureCoefficients {
   AdamCoefficients<T> adam;
   T path_decay, path_gain;  // q, s
+  T walk_moment_sq;         // V / W before this step; see WalkState
   bool moves;               // false where lr is 0: what does not move has no path and no vote
   bool in_adams_metric;     // each element counts with its d; otherwise (a fixed reference) all count alike
 };
@@ -102,9 +103,11 @@ CLARA_HD AdamCoefficients<T> adam_coefficients(const GroupOptions& options, T st
 CLARA_HD double path_gain(double smoothing) { return std::sqrt(smoothing * (2.0 - smoothing)); }
 
 template <typename T>
-CLARA_HD MeasureCoefficients<T> measure_coefficients(const GroupOptions& options, T step, const float* grad_scale) {
+CLARA_HD MeasureCoefficients<T> measure_coefficients(const GroupOptions& options, T step, const float* grad_scale,
+                                                     float walk_moment_sq) {
   return {adam_coefficients<T>(options, step, grad_scale), static_cast<T>(1.0 - options.smoothing),
-          static_cast<T>(path_gain(options.smoothing)), learning_rate(options) != 0.0, options.reference == 0.0};
+          static_cast<T>(path_gain(options.smoothing)), static_cast<T>(walk_moment_sq), learning_rate(options) != 0.0,
+          options.reference == 0.0};
 }
 
 template <typename T>
@@ -175,10 +178,10 @@ CLARA_HD V extended_path(V path, V step, const MeasureCoefficients<T>& c) {
 }
 
 // What one element adds to the sums of its tensor; see PathSums. `path_before`, `path`: without and with this step;
-// `grad` is the effective gradient.
+// `m_before`, `d_before`: without; `grad` is the effective gradient.
 template <typename V>
 struct ElementSums {
-  V path_sq, step_sq, grad_sq, path_before_sq, path_grad, weight, weight_sq;
+  V path_sq, step_sq, grad_sq, path_before_sq, walk_moment_sq, path_grad, weight, weight_sq;
 };
 
 template <typename V, typename W>
@@ -187,20 +190,37 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
   sums.step_sq += more.step_sq;
   sums.grad_sq += more.grad_sq;
   sums.path_before_sq += more.path_before_sq;
+  sums.walk_moment_sq += more.walk_moment_sq;
   sums.path_grad += more.path_grad;
   sums.weight += more.weight;
   sums.weight_sq += more.weight_sq;
 }
 
+// What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past. Of twice the product of both parts of
+// m, beta1 m_before and (1 - beta1) g, the mean over d is not 0: d is made of this g as well, and where g is skewed (rarely
+// large and positive, else a little negative, say) that shows. But it is 0 over anything that was known before g came. So
+// the difference is what g has done to its own d. Known is d_before, and m_before, which it is not to be less than: of a v
+// that forgets at once it may be next to nothing.
 template <typename V, typename T>
-CLARA_HD ElementSums<V> element_sums(V path_before, V path, V step, V grad, V d, const MeasureCoefficients<T>& c) {
+CLARA_HD V expected_moment_sq(V unit_m_before, V unit_grad, V m_before, V grad, V d_before,
+                              const MeasureCoefficients<T>& c) {
+  const V size = m_before < V{} ? -m_before : m_before, known = d_before < size ? size : d_before;
+  const V kept = c.adam.beta1 * unit_m_before, gained = c.adam.one_minus_beta1 * unit_grad;
+  const V skew = (c.adam.one_minus_beta1 * T(2)) * kept * (unit_grad - grad / known);
+  return c.walk_moment_sq * kept * kept + gained * gained + (m_before == V{} ? V{} : skew);  // without eps 0 / 0
+}
+
+template <typename V, typename T>
+CLARA_HD ElementSums<V> element_sums(V path_before, V path, V m_before, V step, V grad, V d, V d_before,
+                                     const MeasureCoefficients<T>& c) {
   // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.
   const V weight = c.in_adams_metric ? (d == V{} + T(INFINITY) ? V{} : d) : V{} + T(1);
-  const V unit_grad = grad / d;
+  const V unit_grad = grad / d, unit_m_before = m_before / d;
   return {weight * path * path,
           weight * step * step,
           weight * unit_grad * unit_grad,
           weight * path_before * path_before,
+          weight * expected_moment_sq(unit_m_before, unit_grad, m_before, grad, d_before, c),
           weight * path_before * unit_grad,
           weight,
           weight * weight};
@@ -219,6 +239,7 @@ struct PathSums {
   double step_sq;         // U, of Adam's steps u
   double grad_sq;         // G, of the gradients g~
   double path_before_sq;  // N', of the path before this step, with the weights of this step
+  double walk_moment_sq;  // V, of what m~^2 is expected to be, m~ = m/d
   double path_grad;       // X, of the path before this step times g~
   double weight;          // D, of the weights themselves
   double weight_sq;       // D2, of their squares; times c^2
@@ -227,14 +248,14 @@ struct PathSums {
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
 // gradients that came, in whatever pattern they came; and how long these were at most. Kept in the state, 0-dim float32
-// each, in units of N: when the weights change, the walk changes with the path, and their ratio stays. Zeros before the
-// first step.
+// each, zeros before the first step; and kept so that a change of the weights d leaves it as it is: what is expected of a
+// length is kept over the length itself, which the next step measures anew with its own weights.
 struct WalkState {
-  float moment_sq;    // V / N; V: expected sum of m~^2, m~ = m/d
-  float path_moment;  // C / N; C: expected sum of path m~
-  float path_sq;      // P / N; P: expected sum of path^2
-  float grad_peak;    // M / N; M: the largest G of the last dozens of steps
-  // Of no unit: x, the cosine of the angle between the path and the gradient that comes next; averages over some steps of
+  float moment_sq;    // V / W; V: expected sum of d m~^2, and W the sum itself
+  float path_moment;  // (C / n)^(1/2); C: expected sum of path m, of no weight. The root of what floats hold is a float
+  float path_sq;      // P / N; P: expected sum of d path^2
+  float grad_peak;    // M, the largest G / D of the last dozens of steps
+  // x, the cosine of the angle between the path and the gradient that comes next; averages over some steps of
   // x^2, and of x times the x before it.
   float cosine, cosine_sq, cosine_lag;
 };
@@ -247,9 +268,9 @@ struct Evidence {
   double path_sq;       // N
   double walk_sq;       // P
   double long_walk_sq;  // what P would be if all gradients were as long as Adam remembers them (D), or as the longest of
-                        // late (M) if that is less
+                        // late (M D) if that is less
   double step_sq;       // U
-  double step_walk_sq;  // V / (1 - beta1^t)^2, what U is expected to be
+  double step_walk_sq;  // what U is expected to be: U V / W
   double weight;        // D
   double weight_sq;      // D2: what varies independently has variances that add up
   double shared_weight;  // D sqrt(h), of shared noise: what varies together has standard deviations that add up
@@ -261,31 +282,31 @@ CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
 CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
 CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
 
+CLARA_HD double square(double x) { return x * x; }
+
 // The walk after a step with these sums. `step` counts from 1. As it was where a sum is not finite or nothing has moved
 // yet.
 CLARA_HD WalkState advanced_walk(const WalkState& walk, const PathSums& sums, const GroupOptions& options,
                                  double step) {
   const double beta1 = options.beta1, q = 1.0 - options.smoothing;
   const double bias1 = bias_correction<double>(options.log_beta1, step);
-  const double before = sums.path_before_sq;
+  const double before = sums.path_before_sq, length_sq = square(bias1) * sums.step_sq;  // W
   // Where there is no path yet, the moments may all the same be old (a checkpoint of Adam's): their squares as they are.
   // From a fresh start this is the recursion's own value.
-  const double moment_sq = before == 0.0 ? bias1 * bias1 * sums.step_sq
-                                         : beta1 * beta1 * walk.moment_sq * before +
-                                               (1.0 - beta1) * (1.0 - beta1) * sums.grad_sq;
-  double path_moment = beta1 * walk.path_moment * before, path_sq = walk.path_sq * before;
+  const double moment_sq = before == 0.0 ? length_sq : larger(square(1.0 - beta1) * sums.grad_sq, sums.walk_moment_sq);
+  double path_sq = walk.path_sq * before;
+  // At most what lengths allow: elements that v's overflow has taken out of these are still in C.
+  double path_moment = smaller(std::sqrt(path_sq) * std::sqrt(moment_sq), beta1 * square(walk.path_moment) * sums.numel);
   if (learning_rate(options) != 0.0) {  // else only m has moved
     const double a = path_gain(options.smoothing) / bias1;
     path_sq = q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq;
     path_moment = q * path_moment + a * moment_sq;
   }
-  const double grad_peak = larger(sums.grad_sq, kPeakMemory * walk.grad_peak * before);
-  const auto in_units_of_path = [&](double value) { return static_cast<float>(value / sums.path_sq); };
   WalkState next = walk;
-  next.moment_sq = in_units_of_path(moment_sq);
-  next.path_moment = in_units_of_path(path_moment);
-  next.path_sq = in_units_of_path(path_sq);
-  next.grad_peak = in_units_of_path(grad_peak);
+  next.moment_sq = length_sq == 0.0 ? 0.0f : static_cast<float>(moment_sq / length_sq);
+  next.path_moment = static_cast<float>(std::sqrt(path_moment / sums.numel));
+  next.path_sq = static_cast<float>(path_sq / sums.path_sq);
+  next.grad_peak = static_cast<float>(larger(sums.grad_sq / sums.weight, kPeakMemory * walk.grad_peak));
   if (before != 0.0 && sums.grad_sq != 0.0) {  // else there is no angle
     const double x = sums.path_grad / (std::sqrt(before) * std::sqrt(sums.grad_sq)), last = walk.cosine;
     const auto averaged = [](float average, double value) {
@@ -317,16 +338,13 @@ CLARA_HD double shared_noise(const WalkState& walk) {
 }
 
 // Zeros, so no vote, where nothing moves or the gradients are all zero.
-CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const GroupOptions& options, double step) {
+CLARA_HD Evidence evidence_of(const PathSums& sums, const WalkState& walk, const GroupOptions& options) {
   if (learning_rate(options) == 0.0 || sums.grad_sq == 0.0) return {};
-  const double bias1 = bias_correction<double>(options.log_beta1, step);
-  const double unit = sums.path_sq;  // of the walk's scalars
-  const double remembered = smaller(sums.weight, walk.grad_peak * unit);
   return {sums.path_sq,
-          walk.path_sq * unit,
-          unit_walk(options) * remembered,
+          walk.path_sq * sums.path_sq,
+          unit_walk(options) * smaller(1.0, walk.grad_peak) * sums.weight,
           sums.step_sq,
-          walk.moment_sq * unit / (bias1 * bias1),
+          walk.moment_sq * sums.step_sq,
           sums.weight,
           sums.weight_sq,
           std::sqrt(shared_noise(walk)) * sums.weight};
@@ -337,8 +355,6 @@ CLARA_HD double with_prior(double ratio, double count, double neutral) {
   return ratio + (1.0 - ratio) * neutral / (count + neutral);
 }
 
-CLARA_HD double square(double x) { return x * x; }
-
 // By how much the path is too long (or, negative, too short); see docs/algorithm.md, "The excess".
 CLARA_HD double excess(const Evidence& e) {
   // n': so many elements of equal weight (Kish's effective sample size), or of independent noise, would tell as much. One
@@ -346,11 +362,11 @@ CLARA_HD double excess(const Evidence& e) {
   const double count = e.weight * e.weight / larger(e.weight_sq, e.shared_weight * e.shared_weight);
   // Long, also with regard to steps of a size that Adam remembers: gradients of that size may return at once.
   const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), count, 32.0);
-  if (above > 1.25) return 1.0 - 1.25 / above;
+  if (above > 1.35) return 1.0 - 1.35 / above;
   // Short, and more so than the momentum can tell within its few steps: what cancels that fast are fast modes, which do
   // not grow worse with time. Unless they leave nothing at all, or nothing cancels but they: that settles never.
   const double ratio = e.path_sq / e.walk_sq;
-  const double agreement = smaller(e.step_sq / e.step_walk_sq, 1.0), lost = 1.0 - agreement;
+  const double agreement = e.step_sq == 0.0 ? 0.0 : smaller(e.step_sq / e.step_walk_sq, 1.0), lost = 1.0 - agreement;
   const double alternating = larger(0.2 * square(square(lost)), lost * square(smaller(ratio / agreement, 1.0)));
   const double rest = larger(0.4 * square(square(agreement)), alternating);
   const double below = larger(1.0 - 0.5 / with_prior(ratio, count, 8.0), 1.0 - rest / with_prior(ratio, count, 2.0));

@@ -69,7 +69,7 @@ CLARA_HD Evidence advanced(const TensorRecord& tensor, const PathSums& sums, con
   const double step = static_cast<double>(*tensor.step += 1.0f);
   const WalkState walk = advanced_walk(walk_of(tensor), sums, options, step);
   set_walk(tensor, walk);
-  return evidence_of(sums, walk, options, step);
+  return evidence_of(sums, walk, options);
 }
 
 // The part after them.
@@ -84,6 +84,7 @@ CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<doub
           c * sampled.step_sq,
           c * sampled.grad_sq,
           c * sampled.path_before_sq,
+          c * sampled.walk_moment_sq,
           c * sampled.path_grad,
           c * sampled.weight,
           c * c * sampled.weight_sq,

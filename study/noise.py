@@ -48,7 +48,7 @@ class Case:
     family: str
     numel: int = 1024
     bounds: tuple[float, float] = NEUTRAL
-    noise: str = "gauss"
+    noise: str = "gauss"  # or "student", with long tails; "skewed", once in a while large and else a little negative
     dtype: torch.dtype = torch.float32
     betas: tuple[float, float] = (0.9, 0.999)
     element_share: float = 1.0  # of the steps in which an element has a gradient
@@ -58,6 +58,7 @@ class Case:
     sources: int = 0  # the gradient is a sum of so many patterns that stay, each times a number; 0: as many as elements
     together: bool = False  # ... which are the same for all tensors
     growth: float = 0.0  # of the logarithm of the noise's size, a step
+    swing: int = 0  # period in which this size goes up and down by nine tenths
     gap: range = range(0)  # steps of zero gradients
     adam_steps: int = 0  # of a torch.optim.Adam whose state is loaded first
 
@@ -78,6 +79,8 @@ class Case:
         values = pool(self.noise, self.dtype, self.element_share, self.pool_size)[offset : offset + self.numel]
         if self.inequality:
             values = values * sizes(self.numel, self.inequality, seed)
+        if self.swing:
+            values = values * (1.0 + 0.9 * math.sin(2.0 * math.pi * step / self.swing))
         return values * math.exp(self.growth * step) if self.growth else values
 
     @property
@@ -92,6 +95,8 @@ def pool(noise: str, dtype: torch.dtype, share: float, size: int) -> torch.Tenso
     if noise == "student":  # three degrees of freedom
         squares = torch.randn(3, size, generator=generator).square_().mean(0)
         values /= squares.sqrt_()
+    if noise == "skewed":  # of mean 0, and of standard deviation 10
+        values = torch.where(torch.rand(size, generator=generator) < 1 / 101, 100.0, -1.0)
     if share < 1:
         values *= torch.rand(size, generator=generator) < share
     return values.to(dtype)
@@ -113,10 +118,13 @@ def conditions() -> list[Case]:
     cases += [
         Case("1024 elements", "dense"),
         Case("Student-t", "dense", noise="student"),
+        Case("skewed", "dense", noise="skewed"),
+        Case("skewed, betas 0.9, 0.95", "dense", noise="skewed", betas=(0.9, 0.95)),
         Case("bfloat16", "dense", dtype=torch.bfloat16),
         Case("shrinking", "dense", growth=-1 / 150),
         Case("growing", "dense", growth=1 / 150),
     ]
+    cases += [Case(f"swinging, betas {beta1}, 0.95", "dense", betas=(beta1, 0.95), swing=250) for beta1 in (0.9, 0.95)]
     cases += [
         Case(f"{n} elements, unequal e^{spread}", "unequal", n, NEARLY_NEUTRAL, inequality=spread)
         for n, spread in ((1, 3), (16, 1), (64, 1), (256, 2), (1024, 2), (1024, 3))
@@ -129,7 +137,7 @@ def conditions() -> list[Case]:
     cases += [
         Case(f"betas {beta1}, {beta2}", "betas", betas=(beta1, beta2))
         for beta1 in (0.0, 0.5, 0.9, 0.95)
-        for beta2 in (0.95, 0.99, 0.999)
+        for beta2 in (0.0, 0.5, 0.95, 0.99, 0.999)
     ]
     cases += [
         Case(f"tensor in 1 of {n}{how}", "rare", bounds=NEARLY_NEUTRAL, tensor_every=n, at_random=bool(how))

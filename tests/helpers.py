@@ -378,7 +378,9 @@ class StepCheck:
     def _check_moments(self, old: _Before, grad_scale: float | None) -> AdamStep:
         state, opt = self.optimizer.state[old.param], old.options
         arrays = (old.theta, old.grad, *(old.moments[key] for key in MOMENTS))
-        new = adam_step(opt, old.step + 1, *(Interval.exact(a, old.unit) for a in arrays), grad_scale)
+        new = adam_step(
+            opt, old.step + 1, *(Interval.exact(a, old.unit) for a in arrays), grad_scale, old.walk.moment_sq
+        )
         assert state["step"].item() == old.step + 1, old.where
         moments = {"exp_avg": new.m, "exp_avg_sq": new.v}
         if opt.amsgrad:
@@ -399,13 +401,13 @@ class StepCheck:
         self._check_kept(path, old, "path")
         assert tuple(path.shape) == sample.path_shape(old.param.shape), f"{old.where}: path of shape {path.shape}"
         order = old.order if sample.whole else list(range(path.dim()))
-        unit_grad, u, d = new.of(sample)
+        parts = new.of(sample)
         before = Interval.exact(old.path, old.unit)
-        bounds = extended_path(opt, before, u)
+        bounds = extended_path(opt, before, parts[2])
         self._check_inside(path, bounds, f"{old.where}: path", order)
         stored = Interval.exact(flat_array(path, order), old.unit)
-        sums = sums_of(opt, sample, before, stored, unit_grad, u, d)
-        walk = old.walk.advanced(opt, old.step + 1, sums)
+        sums = sums_of(opt, sample, before, stored, *parts)
+        walk = old.walk.advanced(opt, old.step + 1, sums, old.param.numel())
         kept = []
         for key, bounds in zip(WALK, walk.values(), strict=True):
             assert state[key].dtype == torch.float32 and state[key].dim() == 0, f"{old.where}: {key}"
@@ -413,7 +415,7 @@ class StepCheck:
                 bounds = Interval.exact(bounds, UNIT["float32"])
             self._check_inside(state[key], bounds.widened(4 * UNIT["float32"]), f"{old.where}: {key}", [])
             kept.append(state[key].item())
-        return Evidence.of(opt, old.step + 1, sums, Walk(*kept))
+        return Evidence.of(opt, sums, Walk(*kept))
 
     def _check_scale(self, old: _Before, evidence: Evidence) -> None:
         scale = self.optimizer.state[old.param]["lr_scale"]

@@ -174,6 +174,15 @@ def minimum(x: Number, y: Number) -> Number:
     return x.at_most(y) if isinstance(x, Interval) else np.minimum(x, y)
 
 
+def where_zero(x: Number, y: Number, other: Number) -> Number:
+    """y where x is 0, else other."""
+    if not isinstance(x, Interval):
+        return np.where(np.asarray(x) == 0, y, other)
+    zero = (x.lo == 0) & (x.hi == 0)
+    y, other = x._other(y), x._other(other)
+    return Interval(np.where(zero, y.lo, other.lo), np.where(zero, y.hi, other.hi), x.unit)
+
+
 def maximum(x: Number, y: Number) -> Number:
     return x.at_least(y) if isinstance(x, Interval) else np.maximum(x, y)
 
@@ -279,6 +288,7 @@ class Options:
 class AdamStep:
     """A step's new moments, effective gradient g, denominator d and step u of some elements, before storage."""
 
+    expected_moment_sq: Number
     m: Number
     v: Number
     v_max: Number
@@ -286,9 +296,9 @@ class AdamStep:
     d: Number
     u: Number
 
-    def of(self, sample: Sample) -> tuple[Number, Number, Number]:
-        """g/d, u and d of the elements that have a path."""
-        return sample.take(self.g / self.d), sample.take(self.u), sample.take(self.d)
+    def of(self, sample: Sample) -> list[Number]:
+        """What (m/d)^2 is expected to be, g/d, u and d of the elements that have a path."""
+        return [sample.take(each) for each in (self.expected_moment_sq, self.g / self.d, self.u, self.d)]
 
 
 def adam_step(
@@ -300,9 +310,10 @@ def adam_step(
     v: Number,
     v_max: Number,
     grad_scale: float | None = None,
+    walk_moment_sq: float = 0.0,
     stored: Callable[[Number], Number] = lambda moment: moment,
 ) -> AdamStep:
-    """Step number `step` (from 1), on arrays or Intervals."""
+    """Step number `step` (from 1), on arrays or Intervals; `walk_moment_sq`: V/W before it."""
     beta1, beta2 = options.betas
     g = grad
     if grad_scale is not None:
@@ -311,13 +322,17 @@ def adam_step(
         g = -g
     if options.weight_decay and not options.decoupled_weight_decay:
         g = g + theta * options.weight_decay
-    m = m * beta1 + g * (1 - beta1)
-    v = v * beta2 + square(g) * (1 - beta2)
+    m_before, m = m, m * beta1 + g * (1 - beta1)
+    second_before, v = v_max if options.amsgrad else v, v * beta2 + square(g) * (1 - beta2)
     v_max = maximum(v_max, v)
     second = v_max if options.amsgrad else v
-    d = sqrt(stored(second) / bias_correction(beta2, step)) + options.eps
+    d, d_before = (sqrt(x / bias_correction(beta2, step)) + options.eps for x in (stored(second), second_before))
+    # The mean of m g over anything known before g is 0; over d, which is made of g, it need not be.
+    known = where_zero(m_before, d, maximum(d_before, absolute(m_before)))
+    skew = m_before / d * (g / d - g / known) * (2 * beta1 * (1 - beta1))
+    expected = square(m_before / d) * (beta1**2 * walk_moment_sq) + square(g / d) * (1 - beta1) ** 2 + skew
     u = stored(m) / bias_correction(beta1, step) / d
-    return AdamStep(m, v, v_max, g, d, u)
+    return AdamStep(expected, m, v, v_max, g, d, u)
 
 
 def bias_correction(beta: float, step: int) -> float:
@@ -347,6 +362,7 @@ class Sums:
     step_sq: Number  # U, sum of u^2
     grad_sq: Number  # G
     path_before_sq: Number  # N', of the path before the step
+    walk_moment_sq: Number  # V, of what (m/d)^2 is expected to be
     path_grad: Number  # X, of that path and the gradient
     weight: Number  # D
     weight_sq: Number  # D2
@@ -357,6 +373,7 @@ def sums_of(
     sample: Sample,
     path_before: Number,
     path: Number,
+    expected_moment_sq: Number,
     unit_grad: Number,
     u: Number,
     d: Number,
@@ -370,14 +387,16 @@ def sums_of(
 
     weights = total(weight) * sample.weight, total(square(weight)) * sample.weight**2
     path_grad = total(path_before * unit_grad * weight) * sample.weight
-    return Sums(length(path), length(u), length(unit_grad), length(path_before), path_grad, *weights)
+    expected = total(expected_moment_sq * weight) * sample.weight
+    return Sums(*map(length, (path, u, unit_grad, path_before)), expected, path_grad, *weights)
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What N is expected to be if every gradient is independent of those before it, in units of N: V = E sum(m/d)^2,
-    C = E sum(path m/d), P = E sum(path^2); and M, the largest sum(g/d)^2 of late. Then x, the cosine of the angle
-    between the path and the next gradient, and averages of x^2 and of x times the last x."""
+    """What N is expected to be if every gradient is independent of those before it: V = E sum(d (m/d)^2) over that sum
+    itself, the root of C = E sum(path m) over n, P = E sum(d path^2) over N; and M, the largest sum(d (g/d)^2) over
+    sum(d) of late. Then x, the cosine of the angle between the path and the next gradient, and averages of x^2 and of x
+    times the last x."""
 
     moment_sq: Number = 0.0
     path_moment: Number = 0.0
@@ -390,29 +409,29 @@ class Walk:
     def values(self) -> tuple[Number, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
-    def advanced(self, options: Options, step: int, sums: Sums) -> Walk:
+    def advanced(self, options: Options, step: int, sums: Sums, numel: int) -> Walk:
         if may_be_zero(sums.path_sq):
             return self
         beta1, q, s = options.betas[0], options.path_decay, options.path_gain
         bias1 = bias_correction(beta1, step)
-        before = sums.path_before_sq
+        before, W = sums.path_before_sq, sums.step_sq * bias1**2  # u is m/d / bias1
         if may_be_zero(before):
-            # No path so far. Moments may be older than it: then as they are, u being m/d / bias1.
-            V = sums.step_sq * bias1**2
+            V = W  # No path so far. Moments may be older than it: then as they are.
         else:
-            V = self.moment_sq * before * beta1**2 + sums.grad_sq * (1 - beta1) ** 2
-        C, P = self.path_moment * before, self.path_sq * before
+            V = maximum(sums.walk_moment_sq, sums.grad_sq * (1 - beta1) ** 2)
+        P = self.path_sq * before
+        # What is left of C, at most what lengths allow.
+        C = minimum(sqrt(P) * sqrt(V), square(self.path_moment) * numel * beta1)
         if options.moves:
             a = s / bias1
-            C, P = C * (q * beta1) + V * a, P * q**2 + C * (2 * q * a * beta1) + V * a**2
-        else:
-            C = C * beta1
-        M = maximum(self.grad_peak * before * 0.98, sums.grad_sq)
+            C, P = C * q + V * a, P * q**2 + C * (2 * q * a) + V * a**2
+        M = maximum(sums.grad_sq / sums.weight, self.grad_peak * 0.98)
         cosines = self.cosine, self.cosine_sq, self.cosine_lag
         if not may_be_zero(before) and not is_zero(sums.grad_sq):
             x = sums.path_grad / (sqrt(before) * sqrt(sums.grad_sq))
             cosines = x, self.cosine_sq * 0.9 + square(x) * 0.1, self.cosine_lag * 0.9 + x * self.cosine * 0.1
-        return Walk(*(each / sums.path_sq for each in (V, C, P, M)), *cosines)
+        V_over_W = 0.0 if may_be_zero(W) else V / W
+        return Walk(V_over_W, sqrt(C / numel), P / sums.path_sq, M, *cosines)
 
 
 def shared_noise(walk: Walk) -> Number:
@@ -433,19 +452,20 @@ class Evidence:
     shared_weight: Number = 0.0  # D sqrt(h)
 
     @classmethod
-    def of(cls, options: Options, step: int, sums: Sums, walk: Walk) -> Evidence:
+    def of(cls, options: Options, sums: Sums, walk: Walk) -> Evidence:
         """None where nothing moves or all gradients are zero."""
         if not options.moves or is_zero(sums.grad_sq):
             return cls()
         beta1 = options.betas[0]
-        bias1, correlation = bias_correction(beta1, step), beta1 * options.path_decay
+        correlation = beta1 * options.path_decay
         return cls(
             sums.path_sq,
             walk.path_sq * sums.path_sq,
-            minimum(sums.weight, walk.grad_peak * sums.path_sq)
+            minimum(walk.grad_peak, 1.0)
+            * sums.weight
             * ((1 - beta1) / (1 + beta1) * (1 + correlation) / (1 - correlation)),
             sums.step_sq,
-            walk.moment_sq * sums.path_sq / bias1**2,
+            walk.moment_sq * sums.step_sq,
             sums.weight,
             sums.weight_sq,
             sums.weight * sqrt(shared_noise(walk)),
@@ -467,10 +487,10 @@ def excess(e: Evidence) -> float:
     # Of independent elements of equal weight that had as much to say.
     count = e.weight**2 / max(e.weight_sq, e.shared_weight**2)
     above = (count * e.path_sq / max(e.walk_sq, e.long_walk_sq) + 32) / (count + 32)
-    if above > 1.25:
-        return 1 - 1.25 / above
+    if above > 1.35:
+        return 1 - 1.35 / above
     r = e.path_sq / e.walk_sq
-    agreement = min(e.step_sq / e.step_walk_sq, 1.0)
+    agreement = min(e.step_sq / e.step_walk_sq, 1.0) if e.step_sq else 0.0
     lost = 1 - agreement
     alternating = max(0.2 * lost**4, lost * (min(r / agreement, 1.0) if agreement else 1.0) ** 2)
     rest = max(0.4 * agreement**4, alternating)
@@ -570,20 +590,20 @@ class TensorState:
         self.step += 1
         kept = moment_dtype(self.dtype)
         new = adam_step(
-            options, self.step, self.theta, grad, self.m, self.v, self.v_max, grad_scale,
+            options, self.step, self.theta, grad, self.m, self.v, self.v_max, grad_scale, self.walk.moment_sq,
             stored=lambda moment: round_to(kept, moment),
         )  # fmt: skip
         self.m, self.v, self.u = round_to(kept, new.m), round_to(kept, new.v), new.u
         if options.amsgrad:
             self.v_max = round_to(kept, new.v_max)
-        unit_grad, u, d = (part.reshape(self.path.shape) for part in new.of(self.sample))
-        before, self.path = self.path, round_to(kept, extended_path(options, self.path, u))
-        sums = sums_of(options, self.sample, before, self.path, unit_grad, u, d)
-        walk = self.walk.advanced(options, self.step, sums)
+        parts = [part.reshape(self.path.shape) for part in new.of(self.sample)]
+        before, self.path = self.path, round_to(kept, extended_path(options, self.path, parts[2]))
+        sums = sums_of(options, self.sample, before, self.path, *parts)
+        walk = self.walk.advanced(options, self.step, sums, self.theta.size)
         rounded = [float(np.float32(x)) for x in walk.values()]
         if all(map(math.isfinite, rounded)):
             self.walk = Walk(*rounded)
-        return Evidence.of(options, self.step, sums, self.walk)
+        return Evidence.of(options, sums, self.walk)
 
     def update(self, options: Options) -> None:
         assert self.scale is not None

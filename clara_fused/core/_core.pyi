@@ -44,7 +44,7 @@ class Bucket:
     def table_equals(self, host_memory: int) -> bool: ...
     def set_memory(self, device_memory: int) -> None: ...
     def measure(self, sums: int, threads: int, stream: int) -> None:
-        """Writes the path, and `adaptation.PathSums`, float64 [n, 8]."""
+        """Writes the path, and `adaptation.PathSums`, float64 [n, 9]."""
     def advance(self, sums: int, evidence: int, threads: int, stream: int) -> None:
         """Counts the step; such sums to `adaptation.Evidence`, float64 [n, 8]."""
     def rescale(self, evidence: int, threads: int, stream: int) -> None:

@@ -350,7 +350,7 @@ class RankSums:
 
 
 def _have_gradient(sums: Tensor) -> Tensor:
-    """Whether some rank has a gradient (with an element), by tensor, [n]; `sums`: over all ranks, [n, 8]."""
+    """Whether some rank has a gradient (with an element), by tensor, [n]; `sums`: over all ranks, [n, 9]."""
     return adaptation.PathSums(*sums.unbind(-1)).numel > 0.0
 
 

@@ -77,8 +77,8 @@ class Worker {
 
   void measure(int64_t tensor, int64_t first_chunk, int64_t last_chunk) {
     const TensorRecord& record = list_.tensors[tensor];
-    const auto coefficients =
-        measure_coefficients<T>(list_.groups[record.group], static_cast<T>(*record.step) + T(1), list_.grad_scale);
+    const auto coefficients = measure_coefficients<T>(list_.groups[record.group], static_cast<T>(*record.step) + T(1),
+                                                      list_.grad_scale, walk_of(record).moment_sq);
     for (int64_t i = first_chunk; i < last_chunk; ++i) {
       const int64_t path_first = i * kPathChunk, count = std::min(kPathChunk, path_numel(record) - path_first);
       const int64_t first = path_first / record.kept * record.run;  // a chunk starts where a piece does

@@ -122,8 +122,8 @@ struct Sums {
   inline ElementSums<double> totals() {
     end_block();
     return {over_lanes(blocks.path_sq), over_lanes(blocks.step_sq), over_lanes(blocks.grad_sq),
-            over_lanes(blocks.path_before_sq), over_lanes(blocks.path_grad), over_lanes(blocks.weight),
-            over_lanes(blocks.weight_sq)};
+            over_lanes(blocks.path_before_sq), over_lanes(blocks.walk_moment_sq), over_lanes(blocks.path_grad),
+            over_lanes(blocks.weight), over_lanes(blocks.weight_sq)};
   }
 
  private:
@@ -142,10 +142,10 @@ inline ElementSums<Vector<T>> measure_vector(const Streams<T, Param, Grad>& s, i
   V param{};
   if (c.adam.coupled_decay != T(0)) param = load(s.param + i);
   const V grad = effective_gradient(load(s.grad + i), param, c.adam);
-  const V m = first_moment(load(s.m + i), grad, c.adam);
-  V v = second_moment(load(s.v + i), grad, c.adam);
-  if (s.v_max != nullptr) v = running_maximum(load(s.v_max + i), v);
-  const V d = denominator(v, c.adam);
+  const V m_before = load(s.m + i), m = first_moment(m_before, grad, c.adam);
+  V v_before = load(s.v + i), v = second_moment(v_before, grad, c.adam);
+  if (s.v_max != nullptr) v_before = load(s.v_max + i), v = running_maximum(v_before, v);
+  const V d = denominator(v, c.adam), d_before = denominator(v_before, c.adam);
   const V step = adam_step(m, d, c.adam);
   const V path_before = load(s.path + p);
   V path = path_before;
@@ -153,7 +153,7 @@ inline ElementSums<Vector<T>> measure_vector(const Streams<T, Param, Grad>& s, i
     path = extended_path(path_before, step, c);
     store(path, s.path + p);
   }
-  return element_sums(path_before, path, step, grad, d, c);
+  return element_sums(path_before, path, m_before, step, grad, d, d_before, c);
 }
 
 // The same for less than a vector, or for pieces shorter than one.
@@ -173,8 +173,8 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
   if (c.moves) path.give(s.path + p, count);
   // Not what empty lanes have come to: without eps they hold 0 / 0.
   for (int64_t lane = count; lane < kLanes<T>; ++lane) {
-    sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = T(0);
-    sums.path_before_sq[lane] = sums.path_grad[lane] = sums.weight[lane] = sums.weight_sq[lane] = T(0);
+    sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = sums.path_before_sq[lane] = T(0);
+    sums.walk_moment_sq[lane] = sums.path_grad[lane] = sums.weight[lane] = sums.weight_sq[lane] = T(0);
   }
   return sums;
 }

@@ -57,9 +57,9 @@ __device__ __forceinline__ void for_each_vector(int count, bool all_aligned, Vis
   for (; first < count; ++first) visit(Turn<Access::kSingle>{}, first);
 }
 
-// Note [Registers]: addresses and coefficients lie in shared memory, and every turn reads them anew, so that the
-// registers are free for the elements that are on their way. Otherwise the compiler reads them once, keeps them, and
-// spills.
+// Note [Registers]: addresses and coefficients lie in shared memory, and every turn reads them anew (measure, which has
+// its sums to keep as well, for every element), so that the registers are free for the elements that are on their way.
+// Otherwise the compiler reads them once, keeps them, and spills.
 __device__ __forceinline__ void read_shared_memory_again() { asm volatile("" ::: "memory"); }
 
 // P, G: storage of parameters and gradients.
@@ -157,18 +157,21 @@ __device__ __forceinline__ void measure_vector(const Streams<P, G>& streams, con
   auto path = paths.load<Turn::kAccess>(at);
 #pragma unroll
   for (int i = 0; i < Turn::kCount; ++i) {
+    read_shared_memory_again();
+    const float before = path.element[i], m_before = e.m.element[i];
+    const float d_before = denominator(amsgrad ? e.max_v.element[i] : e.v.element[i], c.adam);
     const Direction to = advance_moments(e, i, amsgrad, c.adam);
     const float u = adam_step(e.m.element[i], to.d, c.adam);
-    const float before = path.element[i];
     if (c.moves) path.element[i] = extended_path(before, u, c);
-    const ElementSums<float> of_element = element_sums(before, path.element[i], u, to.grad, to.d, c);
+    const ElementSums<float> of_element = element_sums(before, path.element[i], m_before, u, to.grad, to.d, d_before, c);
     sums[0] += of_element.path_sq;
     sums[1] += of_element.step_sq;
     sums[2] += of_element.grad_sq;
     sums[3] += of_element.path_before_sq;
-    sums[4] += of_element.path_grad;
-    sums[5] += of_element.weight;
-    sums[6] += of_element.weight_sq;
+    sums[4] += of_element.walk_moment_sq;
+    sums[5] += of_element.path_grad;
+    sums[6] += of_element.weight;
+    sums[7] += of_element.weight_sq;
   }
   if (c.moves) paths.store<Turn::kAccess>(at, path);
 }
@@ -191,7 +194,8 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   if (threadIdx.x == 0) {
     streams = streams_of<P, G>(arguments, tensor, sample.first_element(first));
     path = stream_at<float>(record.path, first);
-    with = measure_coefficients<float>(arguments.group(record), *record.step + 1.0f, arguments.grad_scale);
+    with = measure_coefficients<float>(arguments.group(record), *record.step + 1.0f, arguments.grad_scale,
+                                       walk_of(record).moment_sq);
   }
   __syncthreads();
 
@@ -207,7 +211,9 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   }
 
   block_reduce(sums, Sum{});
-  if (threadIdx.x == 0) arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6]};
+  if (threadIdx.x == 0) {
+    arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7]};
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -81,14 +81,16 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
     total[1] += static_cast<double>(part.step_sq);
     total[2] += static_cast<double>(part.grad_sq);
     total[3] += static_cast<double>(part.path_before_sq);
-    total[4] += static_cast<double>(part.path_grad);
-    total[5] += static_cast<double>(part.weight);
-    total[6] += static_cast<double>(part.weight_sq);
+    total[4] += static_cast<double>(part.walk_moment_sq);
+    total[5] += static_cast<double>(part.path_grad);
+    total[6] += static_cast<double>(part.weight);
+    total[7] += static_cast<double>(part.weight_sq);
   }
   block_reduce(total, Sum{});
 
   if (threadIdx.x == 0) {
-    const PathSums sums = sums_of_all(record, {total[0], total[1], total[2], total[3], total[4], total[5], total[6]});
+    const PathSums sums = sums_of_all(
+        record, {total[0], total[1], total[2], total[3], total[4], total[5], total[6], total[7]});
     if (arguments.after == After::kNothing) {
       arguments.sums[tensor] = sums;
     } else {

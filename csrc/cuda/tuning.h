@@ -40,11 +40,6 @@ constexpr int blocks_per_sm(int threads) {
 #endif
 }
 constexpr int kUpdateBlocks = blocks_per_sm(CLARA_CUDA_UPDATE_THREADS_PER_SM);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-// There ptxas (CUDA 13.0) needs more registers than are left if as many threads as elsewhere share them.
-constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM - kThreads);
-#else
 constexpr int kMeasureBlocks = blocks_per_sm(CLARA_CUDA_MEASURE_THREADS_PER_SM);
-#endif
 
 }  // namespace clara::cuda

@@ -25,7 +25,6 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 # the memory busy. Of the kernels that touch elements; the others do little.
 REGISTERS = 65_536
 THREADS = 1024
-THREADS_OF_MEASURE_ON_120 = 768
 ELEMENT_KERNELS = ("measure_kernel", "update_kernel")
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvcc")]  # one process compiles for all of them
@@ -132,11 +131,7 @@ def test_no_kernel_spills_or_uses_local_memory(kernels: list[Kernel]) -> None:
 def test_registers_leave_room_for_enough_loads_in_flight(kernels: list[Kernel]) -> None:
     on_elements = [k for k in kernels if any(name in k.name for name in ELEMENT_KERNELS)]
     assert on_elements
-    assert not [k for k in on_elements if k.registers > REGISTERS // threads_per_multiprocessor(k)]
-
-
-def threads_per_multiprocessor(kernel: Kernel) -> int:
-    return THREADS_OF_MEASURE_ON_120 if "measure" in kernel.name and kernel.architecture == "120" else THREADS
+    assert not [k for k in on_elements if k.registers > REGISTERS // THREADS]
 
 
 def test_parser_sees_spills_and_stack_frames() -> None:

@@ -294,7 +294,7 @@ class Twins:
             assert_close(mine, other, f"parameter {index}")
             states = self.core.state.get(mine, {}), self.reference.state.get(other, {})
             assert set(states[0]) == set(states[1]), index
-            # In units of the squared path, which where steps cancel is off by the roundings of the much longer steps.
+            # Over squared lengths, which where steps cancel are off by the roundings of the much longer steps.
             cancelled = max((float(states[1][name].abs()) for name in WALK if name in states[1]), default=0.0)
             for name in states[0]:
                 extra = 4 * TOLERANCE[torch.float32] * cancelled**1.5 if name in WALK else 0.0

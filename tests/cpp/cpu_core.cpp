@@ -237,6 +237,14 @@ struct Model {
     }
   }
 
+  // What (m/d)^2 of an element is expected to be after a step with this gradient and d.
+  double expected_moment_sq(size_t t, int64_t i, double grad, double d, double bias2) const {
+    const double was = m[t].at(i), kept = kBeta1 * was, gained = (1.0 - kBeta1) * grad;
+    const double d_before = std::sqrt((c.amsgrad ? v_max : v)[t].at(i) / bias2) + options.eps;
+    const double skew = was == 0.0 ? 0.0 : 2.0 * kept / d * gained * (1.0 / d - 1.0 / std::max(d_before, std::fabs(was)));
+    return (walks[t][0] * kept * kept + gained * gained) / (d * d) + skew;
+  }
+
   bool same_bits(const Model& other) const {
     const auto same = [](const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
       return std::equal(a.begin(), a.end(), b.begin(), [](const Tensor& x, const Tensor& y) { return x.same_bits(y); });
@@ -280,12 +288,13 @@ void check_step(const Model& before, const Model& after) {
       *d = std::sqrt((c.amsgrad ? *v_max : *v) / bias2) + before.options.eps;
     };
     double grad = 0, m = 0, v = 0, v_max = 0, d = 0;
-    double path_sq = 0, step_sq = 0, grad_sq = 0, path_before_sq = 0, path_grad = 0;
+    double path_sq = 0, step_sq = 0, grad_sq = 0, path_before_sq = 0, walk_moment_sq = 0, path_grad = 0;
     for (int64_t p = 0; p < size.path_numel(); ++p) {
       moved(size.element_of(p), &grad, &m, &v, &v_max, &d);
       const double u = m / bias1 / d, path = q * before.paths[t].at(p) + s * u;
       path_sq += path * path, step_sq += u * u, grad_sq += grad / d * grad / d;
       path_before_sq += before.paths[t].at(p) * before.paths[t].at(p);
+      walk_moment_sq += before.expected_moment_sq(t, size.element_of(p), grad, d, bias2);
       path_grad += before.paths[t].at(p) * grad / d;
       if (!close(after.paths[t].at(p), path, 1e-5)) return wrong("path", after.paths[t].at(p), path);
     }
@@ -297,6 +306,9 @@ void check_step(const Model& before, const Model& after) {
     if (!close(sums.path_before_sq, weight * path_before_sq, 1e-5)) {
       return wrong("path_before_sq", sums.path_before_sq, weight * path_before_sq);
     }
+    if (!close(sums.walk_moment_sq, weight * walk_moment_sq, 1e-5)) {
+      return wrong("walk_moment_sq", sums.walk_moment_sq, weight * walk_moment_sq);
+    }
     const double cosine_unit = weight * std::sqrt(path_before_sq * grad_sq);
     if (!close(sums.path_grad, weight * path_grad, 0.0, 1e-5 * cosine_unit + 1e-6)) {
       return wrong("path_grad", sums.path_grad, weight * path_grad);
@@ -305,17 +317,19 @@ void check_step(const Model& before, const Model& after) {
     expect(close(sums.weight, all, 1e-12) && close(sums.weight_sq, weight * all, 1e-12), where + "weights of 1");
     expect(sums.numel == all, where + "numel");
 
-    // The walk: V, C, P, M in units of N; the cosine, and the averages of its square and its product with the last.
+    // The walk: V / W, (C / n)^(1/2), P / N, M; the cosine, and the averages of its square and its product with the last.
     const std::vector<float>& walk = before.walks[t];
     const double a = s / bias1, was = sums.path_before_sq, is = sums.path_sq;
-    const double moment_sq = was == 0.0 ? bias1 * bias1 * sums.step_sq
-                                        : kBeta1 * kBeta1 * walk[0] * was + (1 - kBeta1) * (1 - kBeta1) * sums.grad_sq;
-    const double path_moment = q * kBeta1 * walk[1] * was + a * moment_sq;
-    const double walk_sq = q * q * walk[2] * was + 2.0 * q * a * kBeta1 * walk[1] * was + a * a * moment_sq;
-    const double grad_peak = std::max(0.98 * walk[3] * was, sums.grad_sq);
+    const double length_sq = bias1 * bias1 * sums.step_sq;
+    const double moment_sq =
+        was == 0.0 ? length_sq : std::max(sums.walk_moment_sq, (1 - kBeta1) * (1 - kBeta1) * sums.grad_sq);
+    const double product = std::min(kBeta1 * walk[1] * walk[1] * all, std::sqrt(walk[2] * was * moment_sq));
+    const double path_moment = q * product + a * moment_sq;
+    const double walk_sq = q * q * walk[2] * was + 2.0 * q * a * product + a * a * moment_sq;
+    const double grad_peak = std::max(0.98 * walk[3], sums.grad_sq / sums.weight);
     const std::vector<float>& now = after.walks[t];
-    expect(is == 0.0 || (close(now[0], moment_sq / is, 1e-5) && close(now[1], path_moment / is, 1e-5) &&
-                         close(now[2], walk_sq / is, 1e-5) && close(now[3], grad_peak / is, 1e-5)),
+    expect(is == 0.0 || (close(now[0], moment_sq / length_sq, 1e-5) && close(now[1], std::sqrt(path_moment / all), 1e-5) &&
+                         close(now[2], walk_sq / is, 1e-5) && close(now[3], grad_peak, 1e-5)),
            where + "walk");
     if (was != 0.0 && sums.grad_sq != 0.0) {
       const double x = sums.path_grad / std::sqrt(was * sums.grad_sq);
@@ -400,7 +414,8 @@ void check_metric() {
     after.run(1, 2, false);
     for (size_t t = 0; t < before.sizes.size(); ++t) {
       const Size& size = before.sizes[t];
-      PathSums expected{0, 0, 0, 0, 0, 0, 0, static_cast<double>(size.numel)};
+      PathSums expected{};
+      expected.numel = static_cast<double>(size.numel);
       for (int64_t p = 0; p < size.path_numel(); ++p) {
         const int64_t i = size.element_of(p);
         const double all = static_cast<double>(size.run) / size.kept;
@@ -410,6 +425,7 @@ void check_metric() {
         expected.step_sq += all * d * u * u;
         expected.grad_sq += all * grad * grad / d;
         expected.path_before_sq += all * d * before.paths[t].at(p) * before.paths[t].at(p);
+        expected.walk_moment_sq += all * d * before.expected_moment_sq(t, i, grad, d, 1.0 - kBeta2 * kBeta2);
         expected.path_grad += all * before.paths[t].at(p) * grad;
         expected.weight += all * d;
         expected.weight_sq += all * d * all * d;
@@ -418,7 +434,8 @@ void check_metric() {
       expect(close(sums.path_sq, expected.path_sq, 1e-5) && close(sums.step_sq, expected.step_sq, 1e-5) &&
                  close(sums.grad_sq, expected.grad_sq, 1e-5) && close(sums.weight, expected.weight, 1e-5) &&
                  close(sums.weight_sq, expected.weight_sq, 1e-5) &&
-                 close(sums.path_before_sq, expected.path_before_sq, 1e-5) && sums.numel == expected.numel &&
+                 close(sums.path_before_sq, expected.path_before_sq, 1e-5) &&
+                 close(sums.walk_moment_sq, expected.walk_moment_sq, 1e-5) && sums.numel == expected.numel &&
                  close(sums.path_grad, expected.path_grad, 0.0,
                        1e-5 * std::sqrt(expected.path_before_sq * expected.grad_sq)),
              std::string(name_of(dtype)) + ": sums in Adam's metric of tensor " + std::to_string(t));

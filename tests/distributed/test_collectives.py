@@ -21,7 +21,7 @@ import clara_fused
 from clara_fused.distributed import collectives
 
 CHECKSUM_BYTES = 32 * 8
-ROW_BYTES = 8 * 8  # of adaptation.PathSums
+ROW_BYTES = 9 * 8  # of adaptation.PathSums
 TOTAL_BYTES = 8 * 8  # of adaptation.Evidence
 
 

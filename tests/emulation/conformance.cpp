@@ -195,8 +195,8 @@ class Optimizer {
       Tensor& t = *tensors_.back();
       t.step.set(0, steps[random_() % std::size(steps)]);
       t.lr_scale.set(0, setup.variant == Variant::kGlobal ? 1.0 : uniform(0.5, 2.0));
-      const double walk_size = random_() % 4 == 0 ? 0.0 : static_cast<double>(t.size.numel) + 1.0;
-      for (size_t k = 0; k < 4; ++k) t.walk[k].set(0, walk_size * uniform(0.1, 1.0));
+      const bool has_walk = random_() % 4 != 0;
+      for (size_t k = 0; k < 4; ++k) t.walk[k].set(0, has_walk ? uniform(0.1, 2.0) : 0.0);
       for (size_t k = 4; k < t.walk.size(); ++k) t.walk[k].set(0, uniform(k == 5 ? 0.0 : -1.0, 1.0));  // cosines
       for (int64_t k = 0; k < t.param.count(); ++k) {
         t.param.set(k, uniform(-1.0, 1.0));
@@ -254,7 +254,8 @@ class Optimizer {
     const auto offsets = clara::cuda::layout(list_);
     const auto* parts = reinterpret_cast<const ElementSums<float>*>(memory_.data() + offsets.partial_sums);
     const Size& size = tensors_[i]->size;
-    PathSums sums{0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, static_cast<double>(size.numel)};
+    PathSums sums{};
+    sums.numel = static_cast<double>(size.numel);
     const double weight = static_cast<double>(size.run) / size.kept;
     const int64_t first = records_[row].first_path_chunk;
     for (int64_t chunk = first; chunk * kPathChunk < first * kPathChunk + size.path_numel(); ++chunk) {
@@ -262,6 +263,7 @@ class Optimizer {
       sums.step_sq += weight * parts[chunk].step_sq;
       sums.grad_sq += weight * parts[chunk].grad_sq;
       sums.path_before_sq += weight * parts[chunk].path_before_sq;
+      sums.walk_moment_sq += weight * parts[chunk].walk_moment_sq;
       sums.path_grad += weight * parts[chunk].path_grad;
       sums.weight += weight * parts[chunk].weight;
       sums.weight_sq += weight * weight * parts[chunk].weight_sq;
@@ -390,7 +392,7 @@ void require_close(double got, double want, double tolerance, Place place, const
 
 // An element in the step that follows `before`, with the sizes of what cancels in it: what errors are relative to.
 struct Element {
-  double grad, grad_size, m, m_size, v, v_size, max_v, d, u, u_tolerance;
+  double grad, grad_size, m, m_size, v, v_size, max_v, d, d_before, u, u_tolerance;
 };
 
 Element element_after(const Setup& setup, const Tensor& before, int64_t k) {
@@ -412,6 +414,7 @@ Element element_after(const Setup& setup, const Tensor& before, int64_t k) {
   e.max_v = e.v;
   if (g.amsgrad) e.max_v = std::isnan(e.v) ? e.v : std::max(before.max_exp_avg_sq.get(k), e.v);
   e.d = std::sqrt(e.max_v / bias2) + g.eps;
+  e.d_before = std::sqrt((g.amsgrad ? before.max_exp_avg_sq : before.exp_avg_sq).get(k) / bias2) + g.eps;
   e.u = e.m / bias1 / e.d;
   e.u_tolerance = 4e-6 * (e.m_size / bias1 / e.d) + 1e-40;
   return e;
@@ -425,6 +428,9 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
   PathSums want{}, tolerance{};
   clara::MeasureCoefficients<double> coefficients{};
   coefficients.in_adams_metric = g.reference == 0.0;
+  coefficients.adam.beta1 = g.beta1;
+  coefficients.adam.one_minus_beta1 = 1.0 - g.beta1;
+  coefficients.walk_moment_sq = before.walk_state().moment_sq;
   for (int64_t p = 0; p < after.path.count(); ++p) {
     const Place where = {index, p};
     const Element e = element_after(setup, before, after.size.element(p));
@@ -441,19 +447,28 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
       to.step_sq += factor * of_element.step_sq;
       to.grad_sq += factor * of_element.grad_sq;
       to.path_before_sq += factor * of_element.path_before_sq;
+      to.walk_moment_sq += factor * of_element.walk_moment_sq;
       to.path_grad += factor * of_element.path_grad;
       to.weight += factor * of_element.weight;
       to.weight_sq += factor * weight * of_element.weight_sq;
     };
-    add(want, clara::element_sums(path_before, path, e.u, e.grad, e.d, coefficients), weight);
-    const double path_bound = std::max(std::fabs(path_before), std::fabs(path));
-    add(tolerance, clara::element_sums(path_bound, path_bound, e.u_tolerance * 2.5e5, e.grad_size, e.d, coefficients),
-        1e-5 * weight);
+    const double m_before = before.exp_avg.get(after.size.element(p));
+    add(want, clara::element_sums(path_before, path, m_before, e.u, e.grad, e.d, e.d_before, coefficients), weight);
+    const double path_bound = std::max(std::fabs(path_before), std::fabs(path)), u_bound = e.u_tolerance * 2.5e5;
+    ElementSums<double> bound =
+        clara::element_sums(path_bound, path_bound, m_before, u_bound, e.grad_size, e.d, e.d_before, coefficients);
+    // What is subtracted in it is of either sign: the sum of what it is made of.
+    const double kept = g.beta1 * std::fabs(m_before) / e.d, gained = (1.0 - g.beta1) * e.grad_size;
+    const double parts = kept * kept * coefficients.walk_moment_sq + gained / e.d * gained / e.d +
+                         2.0 * kept * gained * (1.0 / e.d + 1.0 / std::max({e.d_before, std::fabs(m_before), 1e-30}));
+    bound.walk_moment_sq = bound.weight * parts;
+    add(tolerance, bound, 1e-5 * weight);
   }
   require_close(sums.path_sq, want.path_sq, tolerance.path_sq, {index}, "path_sq");
   require_close(sums.step_sq, want.step_sq, tolerance.step_sq, {index}, "step_sq");
   require_close(sums.grad_sq, want.grad_sq, tolerance.grad_sq, {index}, "grad_sq");
   require_close(sums.path_before_sq, want.path_before_sq, tolerance.path_before_sq, {index}, "path_before_sq");
+  require_close(sums.walk_moment_sq, want.walk_moment_sq, tolerance.walk_moment_sq, {index}, "walk_moment_sq");
   require_close(sums.path_grad, want.path_grad, tolerance.path_grad, {index}, "path_grad");
   require_close(sums.weight, want.weight, tolerance.weight, {index}, "weight");
   require_close(sums.weight_sq, want.weight_sq, tolerance.weight_sq, {index}, "weight_sq");
@@ -473,7 +488,7 @@ Evidence check_advanced(const GroupOptions& options, const Tensor& before, const
   require_close(got.cosine, want.cosine, 1e-6, {index}, "walk_cosine");
   require_close(got.cosine_sq, want.cosine_sq, 1e-6, {index}, "walk_cosine_sq");
   require_close(got.cosine_lag, want.cosine_lag, 1e-6, {index}, "walk_cosine_lag");
-  return clara::evidence_of(sums, got, options, after.step.get(0));
+  return clara::evidence_of(sums, got, options);
 }
 
 double* columns(Evidence& evidence) { return &evidence.path_sq; }
@@ -778,7 +793,8 @@ void same_sums_at_any_alignment() {
     all.emplace_back();
     for (size_t i = 0; i < optimizer.tensors().size(); ++i) {
       const PathSums sums = optimizer.sums_of(i);
-      for (double sum : {sums.path_sq, sums.step_sq, sums.grad_sq, sums.path_before_sq, sums.weight}) all.back().push_back(sum);
+      all.back().insert(all.back().end(), {sums.path_sq, sums.step_sq, sums.grad_sq, sums.path_before_sq,
+                                           sums.walk_moment_sq, sums.path_grad, sums.weight, sums.weight_sq});
     }
   }
   REQUIRE(all[0] == all[1]);

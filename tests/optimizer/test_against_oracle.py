@@ -170,7 +170,7 @@ SINGLE_OPTIONS: dict[str, dict[str, Any]] = {
     "lr 0": {"lr": 0.0},
     "betas": {"betas": (0.6, 0.97)},
     "no momentum": {"betas": (0.0, 0.999)},
-    "beta2 0": {"betas": (0.9, 0.0)},
+    "beta2 0": {"betas": (0.9, 0.0), "eps": 0.01},  # else some steps are larger than a float16
     "eps": {"eps": 0.05},
     "weight decay": {"weight_decay": 0.3},
     "decoupled weight decay": {"weight_decay": 0.3, "decoupled_weight_decay": True},

@@ -139,9 +139,9 @@ def test_scale_counts_elements_not_tensors(fused: bool) -> None:
             optimizer.step()
         runs.append((torch.cat([p.detach() for p in params]), optimizer.lr_scales()[0][:1]))
     for values, scale in runs[1:]:
-        # Each part's walk is in units of its own path, whose weights change from step to step: nearly, not exactly.
-        torch.testing.assert_close(scale, runs[0][1], rtol=1e-3, atol=0)
-        torch.testing.assert_close(values, runs[0][0], rtol=1e-3, atol=1e-4)
+        # Each part's walk is kept over its own lengths, whose weights change from step to step: nearly, not exactly.
+        torch.testing.assert_close(scale, runs[0][1], rtol=5e-3, atol=0)
+        torch.testing.assert_close(values, runs[0][0], rtol=5e-3, atol=1e-3)
 
 
 def test_the_sum_over_many_tensors_loses_nothing(fused: bool) -> None:
