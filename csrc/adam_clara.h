@@ -177,23 +177,16 @@ CLARA_HD V extended_path(V path, V step, const MeasureCoefficients<T>& c) {
   return c.path_decay * path + c.path_gain * step;
 }
 
-// What one element adds to the sums of its tensor; see PathSums. `path_before`, `path`: without and with this step;
-// `m_before`, `d_before`: without; `grad` is the effective gradient.
+// What elements add to the sums of their tensor: the columns of PathSums but the last.
+constexpr int kSums = 8;
 template <typename V>
 struct ElementSums {
-  V path_sq, step_sq, grad_sq, path_before_sq, walk_moment_sq, path_grad, weight, weight_sq;
+  V columns[kSums];
 };
 
 template <typename V, typename W>
 CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
-  sums.path_sq += more.path_sq;
-  sums.step_sq += more.step_sq;
-  sums.grad_sq += more.grad_sq;
-  sums.path_before_sq += more.path_before_sq;
-  sums.walk_moment_sq += more.walk_moment_sq;
-  sums.path_grad += more.path_grad;
-  sums.weight += more.weight;
-  sums.weight_sq += more.weight_sq;
+  for (int i = 0; i < kSums; ++i) sums.columns[i] += more.columns[i];
 }
 
 // What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past. Of twice the product of both parts of
@@ -210,20 +203,21 @@ CLARA_HD V expected_moment_sq(V unit_m_before, V unit_grad, V m_before, V grad, 
   return c.walk_moment_sq * kept * kept + gained * gained + (m_before == V{} ? V{} : skew);  // without eps 0 / 0
 }
 
+// `path_before`, `path`: without and with this step; `m_before`, `d_before`: without; `grad` is the effective gradient.
 template <typename V, typename T>
 CLARA_HD ElementSums<V> element_sums(V path_before, V path, V m_before, V step, V grad, V d, V d_before,
                                      const MeasureCoefficients<T>& c) {
   // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.
   const V weight = c.in_adams_metric ? (d == V{} + T(INFINITY) ? V{} : d) : V{} + T(1);
   const V unit_grad = grad / d, unit_m_before = m_before / d;
-  return {weight * path * path,
-          weight * step * step,
-          weight * unit_grad * unit_grad,
-          weight * path_before * path_before,
-          weight * expected_moment_sq(unit_m_before, unit_grad, m_before, grad, d_before, c),
-          weight * path_before * unit_grad,
-          weight,
-          weight * weight};
+  return {{weight * path * path,
+           weight * step * step,
+           weight * unit_grad * unit_grad,
+           weight * path_before * path_before,
+           weight * expected_moment_sq(unit_m_before, unit_grad, m_before, grad, d_before, c),
+           weight * path_before * unit_grad,
+           weight,
+           weight * weight}};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -245,6 +239,7 @@ struct PathSums {
   double weight_sq;       // D2, of their squares; times c^2
   double numel;           // n, of all elements
 };
+static_assert(sizeof(PathSums) == (kSums + 1) * sizeof(double), "columns");
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
 // gradients that came, in whatever pattern they came; and how long these were at most. Kept in the state, 0-dim float32

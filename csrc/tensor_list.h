@@ -80,15 +80,9 @@ CLARA_HD void rescale_tensor(const TensorRecord& tensor, const Evidence& evidenc
 // What the sums over the elements that have a path say of all elements.
 CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<double>& sampled) {
   const double c = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
-  return {c * sampled.path_sq,
-          c * sampled.step_sq,
-          c * sampled.grad_sq,
-          c * sampled.path_before_sq,
-          c * sampled.walk_moment_sq,
-          c * sampled.path_grad,
-          c * sampled.weight,
-          c * c * sampled.weight_sq,
-          static_cast<double>(tensor.numel)};
+  const double(&sum)[kSums] = sampled.columns;
+  return {c * sum[0], c * sum[1], c * sum[2], c * sum[3],     c * sum[4],
+          c * sum[5], c * sum[6], c * c * sum[7], static_cast<double>(tensor.numel)};
 }
 
 struct TensorList {

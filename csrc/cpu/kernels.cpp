@@ -121,16 +121,11 @@ struct Sums {
   }
   inline ElementSums<double> totals() {
     end_block();
-    return {over_lanes(blocks.path_sq), over_lanes(blocks.step_sq), over_lanes(blocks.grad_sq),
-            over_lanes(blocks.path_before_sq), over_lanes(blocks.walk_moment_sq), over_lanes(blocks.path_grad),
-            over_lanes(blocks.weight), over_lanes(blocks.weight_sq)};
-  }
-
- private:
-  static inline double over_lanes(Vector<T> values) {
-    double sum = 0.0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum += static_cast<double>(values[lane]);
-    return sum;
+    ElementSums<double> totals{};
+    for (int i = 0; i < kSums; ++i) {
+      for (int lane = 0; lane < kLanes<T>; ++lane) totals.columns[i] += static_cast<double>(blocks.columns[i][lane]);
+    }
+    return totals;
   }
 };
 
@@ -172,9 +167,8 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
   if (is_full) return sums;
   if (c.moves) path.give(s.path + p, count);
   // Not what empty lanes have come to: without eps they hold 0 / 0.
-  for (int64_t lane = count; lane < kLanes<T>; ++lane) {
-    sums.path_sq[lane] = sums.step_sq[lane] = sums.grad_sq[lane] = sums.path_before_sq[lane] = T(0);
-    sums.walk_moment_sq[lane] = sums.path_grad[lane] = sums.weight[lane] = sums.weight_sq[lane] = T(0);
+  for (Vector<T>& column : sums.columns) {
+    for (int64_t lane = count; lane < kLanes<T>; ++lane) column[lane] = T(0);
   }
   return sums;
 }

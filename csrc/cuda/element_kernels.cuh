@@ -150,7 +150,7 @@ static_assert(kPathChunk % 1024 == 0, "a chunk holds whole runs, whose longest a
 template <typename Turn, typename P, typename G>
 __device__ __forceinline__ void measure_vector(const Streams<P, G>& streams, const Stream<float>& paths,
                                                const Sample& sample, const MeasureCoefficients<float>& c, int at,
-                                               float (&sums)[kSums]) {
+                                               ElementSums<float>& sums) {
   const bool amsgrad = streams.max_exp_avg_sq.exists();
   read_shared_memory_again();
   auto e = load<Turn::kAccess>(streams, sample.element(at), c.adam.coupled_decay != 0.0f);
@@ -163,15 +163,7 @@ __device__ __forceinline__ void measure_vector(const Streams<P, G>& streams, con
     const Direction to = advance_moments(e, i, amsgrad, c.adam);
     const float u = adam_step(e.m.element[i], to.d, c.adam);
     if (c.moves) path.element[i] = extended_path(before, u, c);
-    const ElementSums<float> of_element = element_sums(before, path.element[i], m_before, u, to.grad, to.d, d_before, c);
-    sums[0] += of_element.path_sq;
-    sums[1] += of_element.step_sq;
-    sums[2] += of_element.grad_sq;
-    sums[3] += of_element.path_before_sq;
-    sums[4] += of_element.walk_moment_sq;
-    sums[5] += of_element.path_grad;
-    sums[6] += of_element.weight;
-    sums[7] += of_element.weight_sq;
+    add(sums, element_sums(before, path.element[i], m_before, u, to.grad, to.d, d_before, c));
   }
   if (c.moves) paths.store<Turn::kAccess>(at, path);
 }
@@ -199,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   }
   __syncthreads();
 
-  float sums[kSums] = {};
+  ElementSums<float> sums{};
   if (sample.in_vectors()) {
     for_each_vector(count, streams.all_aligned() && path.aligned(), [&](auto turn, int i) {
       measure_vector<decltype(turn)>(streams, path, sample, with, i, sums);
@@ -210,10 +202,8 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
     }
   }
 
-  block_reduce(sums, Sum{});
-  if (threadIdx.x == 0) {
-    arguments.partial_sums[chunk] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7]};
-  }
+  block_reduce(sums.columns, Sum{});
+  if (threadIdx.x == 0) arguments.partial_sums[chunk] = sums;
 }
 
 // ---------------------------------------------------------------------------------------------------------------

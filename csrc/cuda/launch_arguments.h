@@ -22,8 +22,6 @@ enum class After : int32_t {
   kRescaleAll,  // the step is counted, and the one scale follows the total of the evidence
 };
 
-constexpr int kSums = sizeof(ElementSums<float>) / sizeof(float);
-
 template <int kBytes>
 struct LaunchArguments {
   // The device table of the whole list; see Layout.

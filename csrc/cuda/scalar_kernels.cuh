@@ -73,24 +73,13 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
 
   const ElementSums<float>* partial_sums = arguments.partial_sums + record.first_path_chunk;
   const int64_t path_chunks = chunks_of(path_numel(record), kPathChunk);
-  double total[kSums] = {};
+  ElementSums<double> total{};
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) {
-    const ElementSums<float> part = partial_sums[i];
-    total[0] += static_cast<double>(part.path_sq);
-    total[1] += static_cast<double>(part.step_sq);
-    total[2] += static_cast<double>(part.grad_sq);
-    total[3] += static_cast<double>(part.path_before_sq);
-    total[4] += static_cast<double>(part.walk_moment_sq);
-    total[5] += static_cast<double>(part.path_grad);
-    total[6] += static_cast<double>(part.weight);
-    total[7] += static_cast<double>(part.weight_sq);
-  }
-  block_reduce(total, Sum{});
+  for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) add(total, partial_sums[i]);
+  block_reduce(total.columns, Sum{});
 
   if (threadIdx.x == 0) {
-    const PathSums sums = sums_of_all(
-        record, {total[0], total[1], total[2], total[3], total[4], total[5], total[6], total[7]});
+    const PathSums sums = sums_of_all(record, total);
     if (arguments.after == After::kNothing) {
       arguments.sums[tensor] = sums;
     } else {

@@ -32,6 +32,9 @@ using clara::WalkState;
 using clara::cuda::kChunk;
 using clara::cuda::kPathChunk;
 
+double* columns(PathSums& sums) { return &sums.path_sq; }
+double* columns(Evidence& evidence) { return &evidence.path_sq; }
+
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -259,15 +262,9 @@ class Optimizer {
     const double weight = static_cast<double>(size.run) / size.kept;
     const int64_t first = records_[row].first_path_chunk;
     for (int64_t chunk = first; chunk * kPathChunk < first * kPathChunk + size.path_numel(); ++chunk) {
-      sums.path_sq += weight * parts[chunk].path_sq;
-      sums.step_sq += weight * parts[chunk].step_sq;
-      sums.grad_sq += weight * parts[chunk].grad_sq;
-      sums.path_before_sq += weight * parts[chunk].path_before_sq;
-      sums.walk_moment_sq += weight * parts[chunk].walk_moment_sq;
-      sums.path_grad += weight * parts[chunk].path_grad;
-      sums.weight += weight * parts[chunk].weight;
-      sums.weight_sq += weight * weight * parts[chunk].weight_sq;
+      for (int i = 0; i < clara::kSums; ++i) columns(sums)[i] += weight * parts[chunk].columns[i];
     }
+    sums.weight_sq *= weight;
     return sums;
   }
 
@@ -431,6 +428,7 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
   coefficients.adam.beta1 = g.beta1;
   coefficients.adam.one_minus_beta1 = 1.0 - g.beta1;
   coefficients.walk_moment_sq = before.walk_state().moment_sq;
+  const double weight = static_cast<double>(after.size.run) / after.size.kept;
   for (int64_t p = 0; p < after.path.count(); ++p) {
     const Place where = {index, p};
     const Element e = element_after(setup, before, after.size.element(p));
@@ -441,16 +439,8 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
     } else {
       require_close(path, q * path_before + s * e.u, s * e.u_tolerance + 4e-7 * path_size, where, "path");
     }
-    const double weight = static_cast<double>(after.size.run) / after.size.kept;
-    const auto add = [&](PathSums& to, const ElementSums<double>& of_element, double factor) {
-      to.path_sq += factor * of_element.path_sq;
-      to.step_sq += factor * of_element.step_sq;
-      to.grad_sq += factor * of_element.grad_sq;
-      to.path_before_sq += factor * of_element.path_before_sq;
-      to.walk_moment_sq += factor * of_element.walk_moment_sq;
-      to.path_grad += factor * of_element.path_grad;
-      to.weight += factor * of_element.weight;
-      to.weight_sq += factor * weight * of_element.weight_sq;
+    const auto add = [](PathSums& to, const ElementSums<double>& of_element, double factor) {
+      for (int i = 0; i < clara::kSums; ++i) columns(to)[i] += factor * of_element.columns[i];
     };
     const double m_before = before.exp_avg.get(after.size.element(p));
     add(want, clara::element_sums(path_before, path, m_before, e.u, e.grad, e.d, e.d_before, coefficients), weight);
@@ -461,17 +451,16 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
     const double kept = g.beta1 * std::fabs(m_before) / e.d, gained = (1.0 - g.beta1) * e.grad_size;
     const double parts = kept * kept * coefficients.walk_moment_sq + gained / e.d * gained / e.d +
                          2.0 * kept * gained * (1.0 / e.d + 1.0 / std::max({e.d_before, std::fabs(m_before), 1e-30}));
-    bound.walk_moment_sq = bound.weight * parts;
+    bound.columns[4] = bound.columns[6] * parts;  // of walk_moment_sq, and weight
     add(tolerance, bound, 1e-5 * weight);
   }
-  require_close(sums.path_sq, want.path_sq, tolerance.path_sq, {index}, "path_sq");
-  require_close(sums.step_sq, want.step_sq, tolerance.step_sq, {index}, "step_sq");
-  require_close(sums.grad_sq, want.grad_sq, tolerance.grad_sq, {index}, "grad_sq");
-  require_close(sums.path_before_sq, want.path_before_sq, tolerance.path_before_sq, {index}, "path_before_sq");
-  require_close(sums.walk_moment_sq, want.walk_moment_sq, tolerance.walk_moment_sq, {index}, "walk_moment_sq");
-  require_close(sums.path_grad, want.path_grad, tolerance.path_grad, {index}, "path_grad");
-  require_close(sums.weight, want.weight, tolerance.weight, {index}, "weight");
-  require_close(sums.weight_sq, want.weight_sq, tolerance.weight_sq, {index}, "weight_sq");
+  want.weight_sq *= weight;
+  tolerance.weight_sq *= weight;
+  const char* const names[clara::kSums] = {"path_sq",        "step_sq",   "grad_sq", "path_before_sq",
+                                           "walk_moment_sq", "path_grad", "weight",  "weight_sq"};
+  for (int i = 0; i < clara::kSums; ++i) {
+    require_close(columns(sums)[i], columns(want)[i], columns(tolerance)[i], {index}, names[i]);
+  }
   REQUIRE(sums.numel == static_cast<double>(after.size.numel));
 }
 
@@ -490,8 +479,6 @@ Evidence check_advanced(const GroupOptions& options, const Tensor& before, const
   require_close(got.cosine_lag, want.cosine_lag, 1e-6, {index}, "walk_cosine_lag");
   return clara::evidence_of(sums, got, options);
 }
-
-double* columns(Evidence& evidence) { return &evidence.path_sq; }
 
 Evidence total_of(std::vector<Evidence> all) {
   Evidence total{};
