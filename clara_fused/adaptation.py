@@ -151,25 +151,23 @@ def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
 def expected_moment_sq(
     m_before: Tensor,
     d_before: Tensor,
-    grad: Tensor,
+    unit_m: Tensor,
     unit_grad: Tensor,
-    d: Tensor,
-    kept: float | Tensor,
+    walk_moment_sq: float | Tensor,
     beta1: float,
     out: Tensor,
 ) -> None:
-    """What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past; `kept`: V / W before this step.
+    """What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past; `walk_moment_sq`: V / W so far.
 
-    Of twice the product of both parts of m, the mean over d is not 0: d is made of this gradient as well, and where
-    that is skewed it shows. But it is 0 over anything that was known before, as d_before was, and m_before, which it is
-    not to be less than: of a v that forgets at once it may be next to nothing. Overwrites d_before.
+    Of both parts of m~, what is kept and what is gained, the squares and twice the product. The product of m_before and
+    the gradient has mean 0; over d it has not, for d is made of this gradient as well, and where that is skewed it
+    shows. But it has over anything that was known before: d_before, or abs(m_before), which that is not to be less than
+    (of a v that forgets at once it may be next to nothing). Overwrites d_before.
     """
-    known = torch.maximum(d_before, m_before.abs(), out=d_before)
-    torch.div(grad, known, out=out)
-    unit_m_before = torch.div(m_before, d, out=d_before)
-    # Without eps what nothing is known of has 0 / 0.
-    out.neg_().add_(unit_grad).mul_(unit_m_before).masked_fill_(m_before == 0.0, 0.0).mul_(2.0 * beta1 * (1.0 - beta1))
-    out.add_(unit_m_before.square_().mul_(kept * beta1**2)).addcmul_(unit_grad, unit_grad, value=(1.0 - beta1) ** 2)
+    known = torch.div(m_before, d_before, out=d_before).clamp_(-1.0, 1.0)
+    torch.sub(unit_m, unit_grad, alpha=1.0 - beta1, out=out)  # what is kept: beta1 m_before / d
+    product = known.mul_(-beta1).add_(out).mul_(unit_grad).mul_(2.0 * (1.0 - beta1))
+    out.square_().mul_(walk_moment_sq).addcmul_(unit_grad, unit_grad, value=(1.0 - beta1) ** 2).add_(product)
 
 
 def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: bool | Tensor) -> Tensor:

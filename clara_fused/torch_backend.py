@@ -22,7 +22,8 @@ from .scalars import TensorScalars, distribute
 from .state import WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
 from .step import Location, StepInputs, TensorWork, moved
 
-# Bytes of an array of a block. On the CPU its five are to stay in the last cache; a GPU wants few, large launches.
+# Bytes of an array of a block. On the CPU all of them, about a dozen, are to stay in the last cache; a GPU wants few,
+# large launches.
 _BLOCK_BYTES = {"cpu": 1 << 20}
 _BLOCK_BYTES_ELSEWHERE = 1 << 26
 _SMALL = 1 << 14  # tensors up to this size are stacked
@@ -208,18 +209,19 @@ class TorchBucket:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
         step, second = self._new_moments(block, grad, sample, copy=True)[::2]  # not v: its memory is needed
-        inverse_bias1, root_bias2, kept = coefficients.of(block.rows)
+        inverse_bias1, root_bias2, walk_moment_sq = coefficients.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
-        step.div_(denominator).mul_(inverse_bias1)
-        before = self._load(block.paths)
-        path = self._extended_path(before, step)
+        unit_m = step.div_(denominator)
         terms, all_terms = self._terms(*grad.shape)
         path_sq, step_sq, grad_sq, before_sq, expected, path_grad, weight = terms  # written once each
         torch.div(grad, denominator, out=grad_sq)
-        torch.mul(before, grad_sq, out=path_grad)
         d_before = torch.div(self._load(block.second_moments, sample).sqrt(), root_bias2, out=weight).add_(options.eps)
         m_before = self._load(block.exp_avgs, sample)
-        adaptation.expected_moment_sq(m_before, d_before, grad, grad_sq, denominator, kept, options.beta1, out=expected)
+        adaptation.expected_moment_sq(m_before, d_before, unit_m, grad_sq, walk_moment_sq, options.beta1, out=expected)
+        step = unit_m.mul_(inverse_bias1)
+        before = self._load(block.paths)
+        path = self._extended_path(before, step)
+        torch.mul(before, grad_sq, out=path_grad)
         for root, square in ((path, path_sq), (step, step_sq), (grad_sq, grad_sq), (before, before_sq)):
             torch.mul(root, root, out=square)
         weight.fill_(1.0)

@@ -155,6 +155,12 @@ CLARA_HD V running_maximum(V maximum, V v) {
   return maximum > v ? maximum : (maximum == maximum ? v : maximum);
 }
 
+template <typename V, typename T>
+CLARA_HD V within(V x, T bound) {
+  const V high = V{} + bound, low = V{} - bound;
+  return x > high ? high : x < low ? low : x;
+}
+
 // d; under amsgrad the caller passes the running maximum as v.
 template <typename V, typename T>
 CLARA_HD V denominator(V v, const AdamCoefficients<T>& c) {
@@ -189,32 +195,30 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
   for (int i = 0; i < kSums; ++i) sums.columns[i] += more.columns[i];
 }
 
-// What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past. Of twice the product of both parts of
-// m, beta1 m_before and (1 - beta1) g, the mean over d is not 0: d is made of this g as well, and where g is skewed (rarely
-// large and positive, else a little negative, say) that shows. But it is 0 over anything that was known before g came. So
-// the difference is what g has done to its own d. Known is d_before, and m_before, which it is not to be less than: of a v
-// that forgets at once it may be next to nothing.
+// What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past: of both parts of m~, what is kept and
+// what is gained, the squares and twice the product. The product of m_before and the gradient has mean 0; over d it has
+// not, for d is made of this gradient as well, and where that is skewed (rarely large and positive, else a little negative,
+// say) it shows. But it has over anything that was known before: d_before, or |m_before|, which that is not to be less than
+// (of a v that forgets at once it may be next to nothing).
 template <typename V, typename T>
-CLARA_HD V expected_moment_sq(V unit_m_before, V unit_grad, V m_before, V grad, V d_before,
-                              const MeasureCoefficients<T>& c) {
-  const V size = m_before < V{} ? -m_before : m_before, known = d_before < size ? size : d_before;
-  const V kept = c.adam.beta1 * unit_m_before, gained = c.adam.one_minus_beta1 * unit_grad;
-  const V skew = (c.adam.one_minus_beta1 * T(2)) * kept * (unit_grad - grad / known);
-  return c.walk_moment_sq * kept * kept + gained * gained + (m_before == V{} ? V{} : skew);  // without eps 0 / 0
+CLARA_HD V expected_moment_sq(V m_before, V unit_m, V unit_grad, V d_before, const MeasureCoefficients<T>& c) {
+  const V gained = c.adam.one_minus_beta1 * unit_grad, kept = unit_m - gained;
+  const V known = within(m_before / d_before, T(1));
+  return c.walk_moment_sq * kept * kept + gained * gained + T(2) * gained * (kept - c.adam.beta1 * known);
 }
 
 // `path_before`, `path`: without and with this step; `m_before`, `d_before`: without; `grad` is the effective gradient.
 template <typename V, typename T>
-CLARA_HD ElementSums<V> element_sums(V path_before, V path, V m_before, V step, V grad, V d, V d_before,
+CLARA_HD ElementSums<V> element_sums(V path_before, V path, V m_before, V m, V grad, V d_before, V d,
                                      const MeasureCoefficients<T>& c) {
   // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.
   const V weight = c.in_adams_metric ? (d == V{} + T(INFINITY) ? V{} : d) : V{} + T(1);
-  const V unit_grad = grad / d, unit_m_before = m_before / d;
+  const V unit_m = m / d, unit_grad = grad / d, step = unit_m * c.adam.inverse_bias1;
   return {{weight * path * path,
            weight * step * step,
            weight * unit_grad * unit_grad,
            weight * path_before * path_before,
-           weight * expected_moment_sq(unit_m_before, unit_grad, m_before, grad, d_before, c),
+           weight * expected_moment_sq(m_before, unit_m, unit_grad, d_before, c),
            weight * path_before * unit_grad,
            weight,
            weight * weight}};

@@ -119,6 +119,7 @@ def conditions() -> list[Case]:
         Case("1024 elements", "dense"),
         Case("Student-t", "dense", noise="student"),
         Case("skewed", "dense", noise="skewed"),
+        Case("skewed, 64 elements", "dense", 64, noise="skewed"),
         Case("skewed, betas 0.9, 0.95", "dense", noise="skewed", betas=(0.9, 0.95)),
         Case("bfloat16", "dense", dtype=torch.bfloat16),
         Case("shrinking", "dense", growth=-1 / 150),

@@ -328,9 +328,10 @@ def adam_step(
     second = v_max if options.amsgrad else v
     d, d_before = (sqrt(x / bias_correction(beta2, step)) + options.eps for x in (stored(second), second_before))
     # The mean of m g over anything known before g is 0; over d, which is made of g, it need not be.
-    known = where_zero(m_before, d, maximum(d_before, absolute(m_before)))
-    skew = m_before / d * (g / d - g / known) * (2 * beta1 * (1 - beta1))
-    expected = square(m_before / d) * (beta1**2 * walk_moment_sq) + square(g / d) * (1 - beta1) ** 2 + skew
+    known = m_before / where_zero(m_before, d, maximum(d_before, absolute(m_before)))
+    gained = g / d * (1 - beta1)
+    kept = m / d - gained  # beta1 m_before / d; so that an Interval allows for either way
+    expected = square(kept) * walk_moment_sq + square(gained) + gained * (kept - known * beta1) * 2
     u = stored(m) / bias_correction(beta1, step) / d
     return AdamStep(expected, m, v, v_max, g, d, u)
 

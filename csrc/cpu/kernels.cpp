@@ -148,7 +148,7 @@ inline ElementSums<Vector<T>> measure_vector(const Streams<T, Param, Grad>& s, i
     path = extended_path(path_before, step, c);
     store(path, s.path + p);
   }
-  return element_sums(path_before, path, m_before, step, grad, d, d_before, c);
+  return element_sums(path_before, path, m_before, m, grad, d_before, d, c);
 }
 
 // The same for less than a vector, or for pieces shorter than one.

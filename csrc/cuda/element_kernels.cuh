@@ -163,7 +163,7 @@ __device__ __forceinline__ void measure_vector(const Streams<P, G>& streams, con
     const Direction to = advance_moments(e, i, amsgrad, c.adam);
     const float u = adam_step(e.m.element[i], to.d, c.adam);
     if (c.moves) path.element[i] = extended_path(before, u, c);
-    add(sums, element_sums(before, path.element[i], m_before, u, to.grad, to.d, d_before, c));
+    add(sums, element_sums(before, path.element[i], m_before, e.m.element[i], to.grad, d_before, to.d, c));
   }
   if (c.moves) paths.store<Turn::kAccess>(at, path);
 }

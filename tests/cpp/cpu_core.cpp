@@ -241,7 +241,7 @@ struct Model {
   double expected_moment_sq(size_t t, int64_t i, double grad, double d, double bias2) const {
     const double was = m[t].at(i), kept = kBeta1 * was, gained = (1.0 - kBeta1) * grad;
     const double d_before = std::sqrt((c.amsgrad ? v_max : v)[t].at(i) / bias2) + options.eps;
-    const double skew = was == 0.0 ? 0.0 : 2.0 * kept / d * gained * (1.0 / d - 1.0 / std::max(d_before, std::fabs(was)));
+    const double skew = was == 0.0 ? 0.0 : 2.0 * gained / d * kept * (1.0 / d - 1.0 / std::max(d_before, std::fabs(was)));
     return (walks[t][0] * kept * kept + gained * gained) / (d * d) + skew;
   }
 

@@ -33,6 +33,7 @@ using clara::cuda::kChunk;
 using clara::cuda::kPathChunk;
 
 double* columns(PathSums& sums) { return &sums.path_sq; }
+const double* columns(const PathSums& sums) { return &sums.path_sq; }
 double* columns(Evidence& evidence) { return &evidence.path_sq; }
 
 struct Failure : std::runtime_error {
@@ -427,6 +428,7 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
   coefficients.in_adams_metric = g.reference == 0.0;
   coefficients.adam.beta1 = g.beta1;
   coefficients.adam.one_minus_beta1 = 1.0 - g.beta1;
+  coefficients.adam.inverse_bias1 = 1.0 / (1.0 - std::pow(g.beta1, before.step.get(0) + 1.0));
   coefficients.walk_moment_sq = before.walk_state().moment_sq;
   const double weight = static_cast<double>(after.size.run) / after.size.kept;
   for (int64_t p = 0; p < after.path.count(); ++p) {
@@ -443,10 +445,10 @@ void check_measured(const Setup& setup, const Tensor& before, const Tensor& afte
       for (int i = 0; i < clara::kSums; ++i) columns(to)[i] += factor * of_element.columns[i];
     };
     const double m_before = before.exp_avg.get(after.size.element(p));
-    add(want, clara::element_sums(path_before, path, m_before, e.u, e.grad, e.d, e.d_before, coefficients), weight);
-    const double path_bound = std::max(std::fabs(path_before), std::fabs(path)), u_bound = e.u_tolerance * 2.5e5;
+    add(want, clara::element_sums(path_before, path, m_before, e.m, e.grad, e.d_before, e.d, coefficients), weight);
+    const double path_bound = std::max(std::fabs(path_before), std::fabs(path));
     ElementSums<double> bound =
-        clara::element_sums(path_bound, path_bound, m_before, u_bound, e.grad_size, e.d, e.d_before, coefficients);
+        clara::element_sums(path_bound, path_bound, m_before, e.m_size, e.grad_size, e.d_before, e.d, coefficients);
     // What is subtracted in it is of either sign: the sum of what it is made of.
     const double kept = g.beta1 * std::fabs(m_before) / e.d, gained = (1.0 - g.beta1) * e.grad_size;
     const double parts = kept * kept * coefficients.walk_moment_sq + gained / e.d * gained / e.d +

@@ -247,6 +247,35 @@ def test_alternating_gradients_follow_the_formulas(variant: str, fused: bool) ->
     assert float(optimizer.state[param]["lr_scale"]) < 0.1
 
 
+def test_a_walk_expected_below_what_came_follows_the_formulas(variant: str, fused: bool) -> None:
+    """One element whose v forgets at once: of the sum that estimates V not much is left, or less than nothing."""
+    (param,) = params = parameters([()])
+    optimizer = VARIANTS[variant](params, betas=(0.5, 0.0), fused=fused)
+    check = StepCheck(variant, optimizer)
+    for step in range(60):
+        set_gradients(params, step)
+        check.step()
+    assert float(optimizer.state[param]["walk_moment_sq"]) > 0.0
+
+
+def test_a_step_of_length_zero(variant: str, fused: bool) -> None:
+    """Over it nothing can be expected. The walk goes on with the next, and momentum that cancelled counts as such."""
+    param = torch.nn.Parameter(torch.ones(256))
+    optimizer = VARIANTS[variant]([param], betas=(0.5, 0.999), initial_scale=1.0, fused=fused)
+    for step in range(40):
+        param.grad = torch.rand(256, generator=torch.Generator().manual_seed(step)) * (-1) ** step
+        optimizer.step()
+    state, before = optimizer.state[param], optimizer.lr_scales()[0].item()
+    param.grad = -state["exp_avg"]  # half of it and half of its opposite
+    optimizer.step()
+    assert not state["exp_avg"].any()
+    assert state["walk_moment_sq"] == 0.0 and state["walk_path_sq"] > 0.0
+    assert optimizer.lr_scales()[0].item() < before
+    param.grad = torch.ones(256)
+    optimizer.step()
+    assert state["walk_moment_sq"].item() == pytest.approx(1.0)  # the momentum holds nothing but what came
+
+
 @pytest.mark.slow
 def test_sums_over_large_tensors_are_exact(variant: str, fused: bool) -> None:
     """A float32 sum of 3 million squares, done naively, loses four digits; walk and scale show them with clip None."""

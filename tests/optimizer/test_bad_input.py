@@ -496,18 +496,20 @@ def test_fused_takes_true_false_none(value: Any, variant: str) -> None:
 def test_an_element_that_overflowed_does_not_stop_the_scale(variant: str, fused: bool) -> None:
     """Its v is infinite for good, and it moves no more; as if it had never had a gradient."""
 
-    def scale_after(first_gradient: float, later_gradient: float) -> float:
+    def scale_after(drift: float, steps: int, gradient_of_one: Callable[[int], float]) -> float:
         param = torch.nn.Parameter(torch.ones(64))
         optimizer = VARIANTS[variant]([param], lr=1e-4, initial_scale=1.0, fused=fused)
-        for step in range(30):
-            param.grad = torch.ones(64) + 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(step))
-            param.grad[5] = first_gradient if step == 0 else later_gradient
+        for step in range(steps):
+            param.grad = drift + 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(step))
+            param.grad[5] = gradient_of_one(step)
             optimizer.step()
         return optimizer.lr_scales()[0].item()
 
-    scale = scale_after(1e30, 1.0)
+    scale = scale_after(1.0, 30, lambda step: 1.0 if step else 1e30)
     assert scale > 2.0
-    assert scale == pytest.approx(scale_after(0.0, 0.0), rel=1e-5)
+    assert scale == pytest.approx(scale_after(1.0, 30, lambda step: 0.0), rel=1e-5)
+    # Of one that grows until it does, the walk remembers a part that all others together cannot match.
+    assert scale_after(0.0, 300, lambda step: min(10.0**step, 1e30)) == pytest.approx(1.0, rel=0.1)
 
 
 def test_same_parameter_in_two_groups_is_refused_as_torch_does(variant: str) -> None:
