@@ -164,6 +164,7 @@ def expected_moment_sq(
     shows. But it has over anything that was known before: d_before, or abs(m_before), which that is not to be less than
     (of a v that forgets at once it may be next to nothing). Overwrites d_before.
     """
+    # Without eps 0 / 0 at a first step, where nobody asks for it.
     known = torch.div(m_before, d_before, out=d_before).clamp_(-1.0, 1.0)
     torch.sub(unit_m, unit_grad, alpha=1.0 - beta1, out=out)  # what is kept: beta1 m_before / d
     product = known.mul_(-beta1).add_(out).mul_(unit_grad).mul_(2.0 * (1.0 - beta1))

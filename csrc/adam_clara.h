@@ -203,7 +203,7 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
 template <typename V, typename T>
 CLARA_HD V expected_moment_sq(V m_before, V unit_m, V unit_grad, V d_before, const MeasureCoefficients<T>& c) {
   const V gained = c.adam.one_minus_beta1 * unit_grad, kept = unit_m - gained;
-  const V known = within(m_before / d_before, T(1));
+  const V known = within(m_before / d_before, T(1));  // without eps 0 / 0 at a first step, where nobody asks for it
   return c.walk_moment_sq * kept * kept + gained * gained + T(2) * gained * (kept - c.adam.beta1 * known);
 }
 
