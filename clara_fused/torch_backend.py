@@ -43,11 +43,6 @@ class _Block:
     paths: list[Tensor]
     sample: Sample
 
-    @property
-    def second_moments(self) -> list[Tensor]:
-        """What the denominator is made of."""
-        return self.max_exp_avg_sqs or self.exp_avg_sqs
-
 
 class TorchBucket:
     """Tensors of one param group that share device and dtypes; implements `step.Bucket`."""
@@ -208,21 +203,22 @@ class TorchBucket:
     def _measure_block(self, block: _Block, coefficients: _Coefficients) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
-        step, second = self._new_moments(block, grad, sample, copy=True)[::2]  # not v: its memory is needed
+        m, second = self._new_moments(block, grad, sample, copy=True)[::2]  # not v: its memory is needed
         inverse_bias1, root_bias2, walk_moment_sq = coefficients.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
-        unit_m = step.div_(denominator)
+        unit_m = m.div_(denominator)
         terms, all_terms = self._terms(*grad.shape)
-        path_sq, step_sq, grad_sq, before_sq, expected, path_grad, weight = terms  # written once each
-        torch.div(grad, denominator, out=grad_sq)
-        d_before = torch.div(self._load(block.second_moments, sample).sqrt(), root_bias2, out=weight).add_(options.eps)
+        path_sq, step_sq, grad_sq, before_sq, expected, path_grad, weight = terms
+        unit_grad = torch.div(grad, denominator, out=grad_sq)  # there until it is squared
+        second_before = self._load(block.max_exp_avg_sqs or block.exp_avg_sqs, sample)
+        d_before = torch.div(second_before.sqrt(), root_bias2, out=weight).add_(options.eps)
         m_before = self._load(block.exp_avgs, sample)
-        adaptation.expected_moment_sq(m_before, d_before, unit_m, grad_sq, walk_moment_sq, options.beta1, out=expected)
+        adaptation.expected_moment_sq(m_before, d_before, unit_m, unit_grad, walk_moment_sq, options.beta1, expected)
         step = unit_m.mul_(inverse_bias1)
         before = self._load(block.paths)
         path = self._extended_path(before, step)
-        torch.mul(before, grad_sq, out=path_grad)
-        for root, square in ((path, path_sq), (step, step_sq), (grad_sq, grad_sq), (before, before_sq)):
+        torch.mul(before, unit_grad, out=path_grad)
+        for root, square in ((path, path_sq), (step, step_sq), (unit_grad, grad_sq), (before, before_sq)):
             torch.mul(root, root, out=square)
         weight.fill_(1.0)
         if adaptation.in_adams_metric(options):  # of an element whose v has overflowed 0: it moves no more

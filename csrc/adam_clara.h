@@ -195,13 +195,13 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
   for (int i = 0; i < kSums; ++i) sums.columns[i] += more.columns[i];
 }
 
-// What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past: of both parts of m~, what is kept and
-// what is gained, the squares and twice the product. The product of m_before and the gradient has mean 0; over d it has
-// not, for d is made of this gradient as well, and where that is skewed (rarely large and positive, else a little negative,
-// say) it shows. But it has over anything that was known before: d_before, or |m_before|, which that is not to be less than
-// (of a v that forgets at once it may be next to nothing).
+// What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past: of both parts of m~, what is kept
+// and what is gained, the squares and twice the product. The product of m_before and the gradient has mean 0; over d it
+// has not, for d is made of this gradient as well, and where that is skewed (rarely large and positive, else a little
+// negative, say) it shows. But it has over anything that was known before: d_before, or |m_before|, which that is not to
+// be less than (of a v that forgets at once it may be next to nothing).
 template <typename V, typename T>
-CLARA_HD V expected_moment_sq(V m_before, V unit_m, V unit_grad, V d_before, const MeasureCoefficients<T>& c) {
+CLARA_HD V expected_moment_sq(V m_before, V d_before, V unit_m, V unit_grad, const MeasureCoefficients<T>& c) {
   const V gained = c.adam.one_minus_beta1 * unit_grad, kept = unit_m - gained;
   const V known = within(m_before / d_before, T(1));  // without eps 0 / 0 at a first step, where nobody asks for it
   return c.walk_moment_sq * kept * kept + gained * gained + T(2) * gained * (kept - c.adam.beta1 * known);
@@ -213,12 +213,13 @@ CLARA_HD ElementSums<V> element_sums(V path_before, V path, V m_before, V m, V g
                                      const MeasureCoefficients<T>& c) {
   // An element whose v has overflowed does not move any more, here as in Adam; it must not stop the others' scale.
   const V weight = c.in_adams_metric ? (d == V{} + T(INFINITY) ? V{} : d) : V{} + T(1);
-  const V unit_m = m / d, unit_grad = grad / d, step = unit_m * c.adam.inverse_bias1;
+  const V unit_m = m / d, unit_grad = grad / d;
+  const V step = adam_step(m, d, c.adam);  // as the caller has it; compilers divide once
   return {{weight * path * path,
            weight * step * step,
            weight * unit_grad * unit_grad,
            weight * path_before * path_before,
-           weight * expected_moment_sq(m_before, unit_m, unit_grad, d_before, c),
+           weight * expected_moment_sq(m_before, d_before, unit_m, unit_grad, c),
            weight * path_before * unit_grad,
            weight,
            weight * weight}};

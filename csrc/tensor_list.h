@@ -77,7 +77,8 @@ CLARA_HD void rescale_tensor(const TensorRecord& tensor, const Evidence& evidenc
   *tensor.lr_scale = adapted_scale(*tensor.lr_scale, evidence, options);
 }
 
-// What the sums over the elements that have a path say of all elements.
+// What the sums over the elements that have a path say of all elements. In the order of PathSums; the squares of the
+// weights, which stand for c elements each, times c^2.
 CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<double>& sampled) {
   const double c = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
   const double(&sum)[kSums] = sampled.columns;
