@@ -178,16 +178,17 @@ class TorchBucket:
             grad = grad.add(self._load(block.params, sample), alpha=options.weight_decay)
         return grad
 
-    def _new_moments(self, block: _Block, grad: Tensor, sample: Sample, copy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """m, v, and what the denominator is made of: v or its running maximum. In place unless `copy`."""
-        options = self.options
-        m = self._load(block.exp_avgs, sample, copy).lerp_(grad, 1.0 - options.beta1)
-        v = self._load(block.exp_avg_sqs, sample, copy)
-        v.mul_(options.beta2).addcmul_(grad, grad, value=1.0 - options.beta2)
-        if not block.max_exp_avg_sqs:
-            return m, v, v
-        maximum = self._load(block.max_exp_avg_sqs, sample, copy)
-        return m, v, torch.maximum(maximum, v, out=maximum)
+    def _moments(self, block: _Block, sample: Sample) -> list[Tensor]:
+        """m, v, and v's running maximum if there is one."""
+        pieces = block.exp_avgs, block.exp_avg_sqs, *([block.max_exp_avg_sqs] if block.max_exp_avg_sqs else [])
+        return [self._load(each, sample) for each in pieces]
+
+    def _new_moments(self, moments: list[Tensor], grad: Tensor, in_place: bool) -> list[Tensor]:
+        m, v, *maximum = moments
+        beta1, beta2 = self.options.beta1, self.options.beta2
+        m = m.lerp_(grad, 1.0 - beta1) if in_place else m.lerp(grad, 1.0 - beta1)
+        v = (v.mul_(beta2) if in_place else v.mul(beta2)).addcmul_(grad, grad, value=1.0 - beta2)
+        return [m, v, *(torch.maximum(each, v, out=each if in_place else None) for each in maximum)]
 
     # --- measure ---
 
@@ -203,16 +204,16 @@ class TorchBucket:
     def _measure_block(self, block: _Block, coefficients: _Coefficients) -> Tensor:
         sample, options = block.sample, self.options
         grad = self._gradient(block, sample)
-        m, second = self._new_moments(block, grad, sample, copy=True)[::2]  # not v: its memory is needed
+        moments = self._moments(block, sample)
+        m, *_, second = self._new_moments(moments, grad, in_place=False)
+        m_before, *_, second_before = moments
         inverse_bias1, root_bias2, walk_moment_sq = coefficients.of(block.rows)
         denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
         unit_m = m.div_(denominator)
         terms, all_terms = self._terms(*grad.shape)
         path_sq, step_sq, grad_sq, before_sq, expected, path_grad, weight = terms
         unit_grad = torch.div(grad, denominator, out=grad_sq)  # there until it is squared
-        second_before = self._load(block.max_exp_avg_sqs or block.exp_avg_sqs, sample)
         d_before = torch.div(second_before.sqrt(), root_bias2, out=weight).add_(options.eps)
-        m_before = self._load(block.exp_avgs, sample)
         adaptation.expected_moment_sq(m_before, d_before, unit_m, unit_grad, walk_moment_sq, options.beta1, expected)
         step = unit_m.mul_(inverse_bias1)
         before = self._load(block.paths)
@@ -259,7 +260,8 @@ class TorchBucket:
     def _update_block(self, block: _Block, coefficients: _Coefficients) -> None:
         options, undo = self.options, self._undo
         grad = self._gradient(block, WHOLE)
-        m, v, second = self._new_moments(block, grad, WHOLE, copy=undo is not None)
+        moments = self._new_moments(self._moments(block, WHOLE), grad, in_place=undo is None)
+        m, second = moments[0], moments[-1]
         inverse_bias1, root_bias2, rate = coefficients.of(block.rows)
         # theta - rate * (m / bias1) / (sqrt(v) / root_bias2 + eps), with root_bias2 moved out of the denominator.
         denominator = second.sqrt().add_(options.eps * root_bias2)
@@ -275,10 +277,8 @@ class TorchBucket:
             else:
                 param.addcmul_(torch.div(m, denominator, out=denominator), gain)
             self._store(param, block.params, undo)
-        self._store(m, block.exp_avgs, undo)
-        self._store(v, block.exp_avg_sqs, undo)
-        if block.max_exp_avg_sqs:
-            self._store(second, block.max_exp_avg_sqs, undo)
+        for values, pieces in zip(moments, (block.exp_avgs, block.exp_avg_sqs, block.max_exp_avg_sqs), strict=False):
+            self._store(values, pieces, undo)
 
     def _move_wrapper(self, param: Tensor, m: Tensor, denominator: Tensor, gain: Any, rate: Any) -> None:
         """With the operations that torch.optim.Adam uses, in the parameter's own shape: a subclass knows no others."""

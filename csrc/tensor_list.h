@@ -82,7 +82,7 @@ CLARA_HD void rescale_tensor(const TensorRecord& tensor, const Evidence& evidenc
 CLARA_HD PathSums sums_of_all(const TensorRecord& tensor, const ElementSums<double>& sampled) {
   const double c = static_cast<double>(tensor.run) / static_cast<double>(tensor.kept);
   const double(&sum)[kSums] = sampled.columns;
-  return {c * sum[0], c * sum[1], c * sum[2], c * sum[3],     c * sum[4],
+  return {c * sum[0], c * sum[1], c * sum[2], c * sum[3], c * sum[4],
           c * sum[5], c * sum[6], c * c * sum[7], static_cast<double>(tensor.numel)};
 }
 
