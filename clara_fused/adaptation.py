@@ -166,9 +166,10 @@ def expected_moment_sq(
     """
     # Without eps 0 / 0 at a first step, where nobody asks for it.
     known = torch.div(m_before, d_before, out=d_before).clamp_(-1.0, 1.0)
-    torch.sub(unit_m, unit_grad, alpha=1.0 - beta1, out=out)  # what is kept: beta1 m_before / d
-    product = known.mul_(-beta1).add_(out).mul_(unit_grad).mul_(2.0 * (1.0 - beta1))
-    out.square_().mul_(walk_moment_sq).addcmul_(unit_grad, unit_grad, value=(1.0 - beta1) ** 2).add_(product)
+    kept = torch.sub(unit_m, unit_grad, alpha=1.0 - beta1, out=out)  # beta1 m_before / d
+    # What is gained is (1 - beta1) unit_grad; its square and twice the product are (1 - beta1) unit_grad times this.
+    rest = torch.add(unit_m, kept).sub_(known, alpha=2.0 * beta1)
+    kept.square_().mul_(walk_moment_sq).addcmul_(rest, unit_grad, value=1.0 - beta1)
 
 
 def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: bool | Tensor) -> Tensor:

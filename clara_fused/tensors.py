@@ -148,7 +148,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> int:
     """Bytes from the first element in memory to the end of the last."""
-    if tensor.numel() == 0:
-        return 0
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()

@@ -203,30 +203,37 @@ class TorchBucket:
 
     def _measure_block(self, block: _Block, coefficients: _Coefficients) -> Tensor:
         sample, options = block.sample, self.options
-        grad = self._gradient(block, sample)
-        moments = self._moments(block, sample)
-        m, *_, second = self._new_moments(moments, grad, in_place=False)
-        m_before, *_, second_before = moments
         inverse_bias1, root_bias2, walk_moment_sq = coefficients.of(block.rows)
-        denominator = second.sqrt_().div_(root_bias2).add_(options.eps)
+        grad = self._gradient(block, sample)
+        moments_before = self._moments(block, sample)
+        moments = self._new_moments(moments_before, grad, in_place=False)
+        m, second, m_before, second_before = moments[0], moments[-1], moments_before[0], moments_before[-1]
+        del moments  # under amsgrad one more than is needed
+        terms, padded_terms = self._terms(*grad.shape)
+        # The first four are squared, the others but the last two multiplied with the weight, when all is known.
+        path, step, unit_grad, before, expected, path_grad, denominator, denominator_before = terms
+        torch.sqrt(second, out=denominator)
+        torch.sqrt(second_before, out=denominator_before)
+        terms[-2:].div_(root_bias2).add_(options.eps)
         unit_m = m.div_(denominator)
-        terms, all_terms = self._terms(*grad.shape)
-        path_sq, step_sq, grad_sq, before_sq, expected, path_grad, weight = terms
-        unit_grad = torch.div(grad, denominator, out=grad_sq)  # there until it is squared
-        d_before = torch.div(second_before.sqrt(), root_bias2, out=weight).add_(options.eps)
-        adaptation.expected_moment_sq(m_before, d_before, unit_m, unit_grad, walk_moment_sq, options.beta1, expected)
-        step = unit_m.mul_(inverse_bias1)
-        before = self._load(block.paths)
-        path = self._extended_path(before, step)
+        torch.div(grad, denominator, out=unit_grad)
+        torch.mul(unit_m, inverse_bias1, out=step)
+        adaptation.expected_moment_sq(
+            m_before, denominator_before, unit_m, unit_grad, walk_moment_sq, options.beta1, out=expected
+        )
+        before.copy_(self._load(block.paths))
         torch.mul(before, unit_grad, out=path_grad)
-        for root, square in ((path, path_sq), (step, step_sq), (unit_grad, grad_sq), (before, before_sq)):
-            torch.mul(root, root, out=square)
-        weight.fill_(1.0)
+        self._extend_path(before, step, out=path)
+        self._store(path, block.paths, self._undo)
+        terms[:4].square_()
+        weight, weight_sq = terms[-2:]
         if adaptation.in_adams_metric(options):  # of an element whose v has overflowed 0: it moves no more
             torch.nan_to_num(denominator, nan=math.nan, posinf=0.0, out=weight)
-            terms[:-1].mul_(weight)
-        sums = torch.cat([self._row_sums(all_terms), self._row_sums(all_terms[-1:].square_())])
-        self._store(path, block.paths, self._undo)
+            terms[:-2].mul_(weight)
+        else:
+            weight.fill_(1.0)
+        torch.mul(weight, weight, out=weight_sq)
+        sums = self._row_sums(padded_terms)
         share = sample.kept / sample.run
         sums /= share
         sums[-1] /= share
@@ -235,7 +242,7 @@ class TorchBucket:
     def _terms(self, rows: int, numel: int) -> tuple[Tensor, Tensor]:
         """Memory for what is summed, [sums, rows, numel]; and the same padded with zeros to whole blocks of sums."""
         padded = numel if numel <= _SUM_BLOCK else math.ceil(numel / _SUM_BLOCK) * _SUM_BLOCK
-        terms = torch.empty(len(adaptation.PathSums._fields) - 2, rows, padded, dtype=self._dtype, device=self.device)
+        terms = torch.empty(len(adaptation.PathSums._fields) - 1, rows, padded, dtype=self._dtype, device=self.device)
         terms[:, :, numel:] = 0.0
         return terms[:, :, :numel], terms
 
@@ -247,38 +254,74 @@ class TorchBucket:
         blocks = terms.view(*terms.shape[:-1], -1, min(terms.shape[-1], _SUM_BLOCK)).sum(-1)
         return blocks.to(adaptation.scalar_dtype(self.device)).sum(-1)
 
-    def _extended_path(self, before: Tensor, step: Tensor) -> Tensor:
+    def _extend_path(self, before: Tensor, step: Tensor, out: Tensor) -> None:
         """The path with this step; where lr is 0 nothing has moved."""
-        if self._moves is False:
-            return before
         smoothing = self.options.smoothing
-        path = (before * (1.0 - smoothing)).add_(step, alpha=adaptation.path_gain(smoothing))
-        return path if self._moves is True else torch.where(self._moves, path, before)
+        torch.mul(before, 1.0 - smoothing, out=out).add_(step, alpha=adaptation.path_gain(smoothing))
+        if self._moves is not True:
+            out.copy_(torch.where(self._moves, out, before) if isinstance(self._moves, Tensor) else before)
 
     # --- update ---
 
     def _update_block(self, block: _Block, coefficients: _Coefficients) -> None:
+        grad, moments = self._gradient(block, WHOLE), self._moments(block, WHOLE)
+        numbers = coefficients.of(block.rows)
+        if self._undo is None and isinstance(numbers[-1], float) and not tensors.is_wrapper(block.params[0]):
+            moments = self._fused_update(block, grad, moments, numbers[-1])
+        else:
+            moments = self._composed_update(block, grad, moments, *numbers)
+        for values, pieces in zip(moments, (block.exp_avgs, block.exp_avg_sqs, block.max_exp_avg_sqs), strict=False):
+            self._store(values, pieces, self._undo)
+
+    def _fused_update(self, block: _Block, grad: Tensor, moments: list[Tensor], rate: float) -> list[Tensor]:
+        """Of one tensor of the CPU, at a rate that is known, with the kernel that torch.optim.AdamW(fused=True) calls.
+
+        Returns the new moments.
+        """
+        options = self.options
+        # The kernel takes memory to be without gaps.
+        param, grad, *moments = [each.contiguous() for each in (self._load(block.params), grad, *moments)]
+        torch._fused_adamw_(
+            [param],
+            [grad],
+            moments[:1],
+            moments[1:2],
+            moments[2:],
+            [self._works[block.rows.start].state["step"]],
+            lr=rate,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            weight_decay=options.weight_decay if options.decoupled_weight_decay else 0.0,
+            eps=options.eps,
+            amsgrad=options.amsgrad,
+            maximize=False,  # `_gradient` has seen to it
+        )
+        torch.autograd.graph.increment_version(param)  # else a backward pass would not notice; see CoreBucket.update
+        self._store(param, block.params, None)
+        return moments
+
+    def _composed_update(
+        self, block: _Block, grad: Tensor, moments: list[Tensor], inverse_bias1: Any, root_bias2: Any, rate: Any
+    ) -> list[Tensor]:
+        """Of any tensors, operation by operation; returns the new moments."""
         options, undo = self.options, self._undo
-        grad = self._gradient(block, WHOLE)
-        moments = self._new_moments(self._moments(block, WHOLE), grad, in_place=undo is None)
+        moments = self._new_moments(moments, grad, in_place=undo is None)
         m, second = moments[0], moments[-1]
-        inverse_bias1, root_bias2, rate = coefficients.of(block.rows)
         # theta - rate * (m / bias1) / (sqrt(v) / root_bias2 + eps), with root_bias2 moved out of the denominator.
         denominator = second.sqrt().add_(options.eps * root_bias2)
         gain = -rate * inverse_bias1 * root_bias2
         if tensors.is_wrapper(block.params[0]):
             self._move_wrapper(block.params[0], m, denominator, gain, rate)
+            return moments
+        param = self._load(block.params, copy=undo is not None)
+        if options.weight_decay and options.decoupled_weight_decay:
+            param.mul_(1.0 - rate * options.weight_decay)
+        if isinstance(gain, float):
+            param.addcdiv_(m, denominator, value=gain)
         else:
-            param = self._load(block.params, copy=undo is not None)
-            if options.weight_decay and options.decoupled_weight_decay:
-                param.mul_(1.0 - rate * options.weight_decay)
-            if isinstance(gain, float):
-                param.addcdiv_(m, denominator, value=gain)
-            else:
-                param.addcmul_(torch.div(m, denominator, out=denominator), gain)
-            self._store(param, block.params, undo)
-        for values, pieces in zip(moments, (block.exp_avgs, block.exp_avg_sqs, block.max_exp_avg_sqs), strict=False):
-            self._store(values, pieces, undo)
+            param.addcmul_(torch.div(m, denominator, out=denominator), gain)
+        self._store(param, block.params, undo)
+        return moments
 
     def _move_wrapper(self, param: Tensor, m: Tensor, denominator: Tensor, gain: Any, rate: Any) -> None:
         """With the operations that torch.optim.Adam uses, in the parameter's own shape: a subclass knows no others."""

@@ -271,6 +271,9 @@ def test_step_makes_no_graph_and_keeps_parameters_leaves(optimizer: torch.optim.
     identities = [(id(p), p.data_ptr()) for p in params]
     versions = [p._version for p in params]
     train(optimizer, 2)
+    grad_versions = [p.grad._version for p in params]
+    optimizer.step()
+    assert [p.grad._version for p in params] == grad_versions, "a graph through the gradients could not go backward"
     assert [(id(p), p.data_ptr()) for p in params] == identities
     assert all(p.is_leaf and p.requires_grad for p in params)
     assert all(p._version > v for p, v in zip(params, versions, strict=True))
