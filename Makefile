@@ -3,7 +3,7 @@
 #   make test      what CI runs: lint, type check, tests with coverage, test-processors
 #                  (PYTEST_ARGS="--no-cov -x tests/programs/test_examples.py")
 #   make lint      ruff, mypy and actionlint (the pipelines) alone
-#   make test-processors   the fast tests again, as they run on other processors than this one
+#   make test-processors   the fast tests again, as they run on another kind of processor than this one
 #   make test-aarch64      the C++ core on an emulated Arm processor; needs g++-aarch64-linux-gnu and qemu-user
 #   make bench     time per optimizer step, host overhead, bytes of state; into bench/    (BENCH_ARGS="--models resnet50")
 #   make docs      the documentation site, into build/site/
@@ -72,7 +72,7 @@ endef
 ACTIONLINT = if [ -x $(BIN)/actionlint ]; then echo $(BIN)/actionlint; $(BIN)/actionlint; fi
 
 define TEST_PROCESSORS
-	@echo "== the fast tests, as on other processors (minutes for each)"
+	@echo "== the fast tests, as on another kind of processor (four minutes)"
 	$(BIN)/python tests/processors.py tests/optimizer tests/core
 endef
 

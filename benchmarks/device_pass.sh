@@ -4,8 +4,7 @@
 # Parts: build tests sanitizer tune step-time overhead ncu train; all but tune by default, reckoned to take less than ten
 # minutes on a machine with 16 cores and an H100. Tests and sanitizer run at the same time; whatever is timed has the
 # machine to itself. Needs no network. DIR (default benchmarks/results) gets the benchmarks' files, device-pass.json with
-# how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it ends in that time, on a machine
-# rented for so long: training is cut to what is left, and parts that find nothing left are not run. --archive leaves one
+# how each part ended, and device-pass-PART.log; tables come last. With --seconds all of it ends in that time: training is cut to what is left, and parts that find nothing left are not run. --archive leaves one
 # device-pass.tar.gz in place of logs and profiles. CLARA_COMMIT, where it is set, tells the commit.
 # Exit codes: 0 every part passed or lacked its profiler, 1 a part failed or found no time, 2 bad arguments, 3 no usable
 # CUDA device.

@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         result = finished(Run(args, CONTENDERS[name], rate, device), text, validation, steps)
         runs.append({"optimizer": name, "label": CONTENDERS[name].label, "rate": rate, **result})
-        # After each: who borrows a machine may run out of time.
+        # After each: time may run out.
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         scales = ", ".join(f"{scale:.3g}" for scale in result["lr_scale"])
         losses = [loss_text(result[key]) for key in ("final_training_loss", "validation_loss")]

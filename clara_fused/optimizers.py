@@ -455,7 +455,7 @@ def _unshare_the_scale(_: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 class AdamClaraGlobal(AdamClara):
-    """Adam with one learning-rate scale for all parameters of all groups: the most stable; for large models.
+    """Adam with one learning-rate scale for all parameters: the most stable; keeps the ratios of the groups' rates.
 
     The options that decide on the scale (``initial_scale, smoothing, damping, clip, reference, scale_bounds,
     adapt_lr``) must be equal in all groups.

@@ -110,7 +110,9 @@ class SmoothedConstructor(Constructor):
     ) -> None:
         """Create the optimizer.
 
-        Args, beside those of AdamClaraLocal:
+        The arguments are those of AdamClaraLocal, with other defaults of `damping` and `clip`, and one more.
+
+        Args:
             lr_smoothing: b in [0, 1), the weight of the scale as it was: mu <- b mu + (1 - b) mu f.
         """
         self._initialize(locals())

@@ -316,10 +316,7 @@ class TorchBucket:
         param = self._load(block.params, copy=undo is not None)
         if options.weight_decay and options.decoupled_weight_decay:
             param.mul_(1.0 - rate * options.weight_decay)
-        if isinstance(gain, float):
-            param.addcdiv_(m, denominator, value=gain)
-        else:
-            param.addcmul_(torch.div(m, denominator, out=denominator), gain)
+        param.add_(torch.div(m, denominator, out=denominator).mul_(gain))
         self._store(param, block.params, undo)
         return moments
 

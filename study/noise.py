@@ -1,4 +1,5 @@
-"""What the learning-rate scales do where there is nothing to learn, and where there is: the SPEC's conditions 1 to 3.
+"""What the learning-rate scales do where there is nothing to learn, and where there is: they rest on noise, climb
+and fall fast, and zero gradients do not move them.
 
     python study/noise.py                                   all cases, all variants; exit status 1 if a condition fails
     python study/noise.py --variants Local --cases dense    some of them

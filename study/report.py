@@ -104,10 +104,11 @@ def one_rate_table(study: Study, kind: Kind) -> Table:
 
 def span_table(study: Study, kind: Kind) -> Table:
     """From how many of the seven decades each of ours ends near tuned Adam, a line per task."""
+    spans = {task: [study.span(task, name, kind, DECADES) for name in OURS] for task in MAIN}
     rows = [
-        [TASKS[task].label, *("–" if span is None else str(span) for span in spans)]
-        for task in MAIN
-        if any(spans := [study.span(task, name, kind, DECADES) for name in OURS])
+        [TASKS[task].label, *("–" if span is None else str(span) for span in found)]
+        for task, found in spans.items()
+        if found != [None] * len(OURS)
     ]
     return Table(f"decades of 7 within 10% of tuned Adam, {kind} loss", ["task", *map(label, OURS)], rows)
 

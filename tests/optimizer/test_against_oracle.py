@@ -329,7 +329,7 @@ def test_samples_of_every_type_follow_the_formulas(variant: str, dtype: torch.dt
 
 
 def test_which_elements_have_a_path(variant: str, fused: bool) -> None:
-    """The numbers of the SPEC's example, by hand: of every run of 1024 elements the first 64."""
+    """By hand: of every run of 1024 elements the first 64."""
     param = torch.nn.Parameter(torch.zeros(33, 2048))
     optimizer = VARIANTS[variant]([param], fused=fused)
     param.grad = torch.arange(1.0, 33 * 2048 + 1).reshape(33, 2048) / 1000  # Adam's first step is its sign

@@ -1,4 +1,4 @@
-"""Noise has nothing to teach, steps that agree or cancel have: conditions 1 to 3 of the SPEC, at the defaults.
+"""Noise has nothing to teach, steps that agree or cancel have, at the defaults.
 
 The cases and the program that prints them as a table are in study/noise.py.
 """
