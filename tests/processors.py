@@ -4,7 +4,7 @@
 
 The compiled core and PyTorch choose their kernels by the processor; CLARA_CPU_ISA and ATEN_CPU_CAPABILITY narrow the
 choice to what an older one would have made. Every test passes on every kind of processor, or it compares what it must
-not, which the nearest kind shows. (That the core's loops agree on all kinds is a test of its own: tests/core/test_cpu.py.)
+not, which the nearest kind shows. (A test of its own lets the loops of all kinds agree: tests/core/test_cpu.py.)
 """
 
 from __future__ import annotations
