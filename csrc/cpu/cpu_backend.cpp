@@ -66,8 +66,7 @@ int useful_threads(const TensorList& list, const Placement& where) {
 // Elements
 // ---------------------------------------------------------------------------------------------------------------
 
-// The element loops on a list of arithmetic type T.
-template <typename T>
+// The element loops on a list.
 class Worker {
  public:
   explicit Worker(const TensorList& list)
@@ -76,15 +75,8 @@ class Worker {
         chunk_sums_(static_cast<size_t>(list.path_chunk_count)) {}
 
   void measure(int64_t tensor, int64_t first_chunk, int64_t last_chunk) {
-    const TensorRecord& record = list_.tensors[tensor];
-    const auto coefficients = measure_coefficients<T>(list_.groups[record.group], static_cast<T>(*record.step) + T(1),
-                                                      list_.grad_scale, walk_of(record).moment_sq);
-    for (int64_t i = first_chunk; i < last_chunk; ++i) {
-      const int64_t path_first = i * kPathChunk, count = std::min(kPathChunk, path_numel(record) - path_first);
-      const int64_t first = path_first / record.kept * record.run;  // a chunk starts where a piece does
-      chunk_sums_[static_cast<size_t>(record.first_path_chunk + i)] =
-          loops_.measure(chunk(tensor, first, path_first, count), &coefficients);
-    }
+    ElementSums<double>* sums = chunk_sums_.data() + list_.tensors[tensor].first_path_chunk;
+    for (int64_t i = first_chunk; i < last_chunk; ++i) sums[i] = loops_.measure(list_, tensor, i);
   }
 
   void measure(const Span& span) {
@@ -104,13 +96,7 @@ class Worker {
 
   // After the step has been counted.
   void update(int64_t tensor, int64_t first_chunk, int64_t last_chunk) const {
-    const TensorRecord& record = list_.tensors[tensor];
-    const auto coefficients = update_coefficients<T>(list_.groups[record.group], static_cast<T>(*record.step),
-                                                     list_.grad_scale, *record.lr_scale);
-    for (int64_t i = first_chunk; i < last_chunk; ++i) {
-      const int64_t first = i * kChunk;
-      loops_.update(chunk(tensor, first, first, std::min(kChunk, record.numel - first)), &coefficients);
-    }
+    for (int64_t i = first_chunk; i < last_chunk; ++i) loops_.update(list_, tensor, i);
   }
 
   void update(const Span& span) const {
@@ -120,39 +106,10 @@ class Worker {
   void update_all(int64_t tensor) const { update(tensor, 0, chunk_count(list_.tensors[tensor])); }
 
  private:
-  Chunk chunk(int64_t tensor, int64_t first, int64_t path_first, int64_t count) const {
-    constexpr DType kMoments = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-    const TensorRecord& record = list_.tensors[tensor];
-    const auto at = [](void* pointer, int64_t elements, DType dtype) -> void* {
-      return pointer == nullptr ? nullptr : static_cast<char*>(pointer) + elements * element_size(dtype);
-    };
-    return {at(record.param, first, list_.param_dtype),
-            at(const_cast<void*>(list_.grads[tensor]), first, list_.grad_dtype),
-            at(record.exp_avg, first, kMoments),
-            at(record.exp_avg_sq, first, kMoments),
-            at(record.max_exp_avg_sq, first, kMoments),
-            at(record.path, path_first, kMoments),
-            count,
-            record.run,
-            record.kept};
-  }
-
   const TensorList& list_;
   const Loops loops_;
   std::vector<ElementSums<double>> chunk_sums_;
 };
-
-// Calls work(worker) with the worker of the list's arithmetic type.
-template <typename Work>
-void with_worker(const TensorList& list, Work work) {
-  if (list.param_dtype == DType::kFloat64) {
-    Worker<double> worker(list);
-    work(worker);
-  } else {
-    Worker<float> worker(list);
-    work(worker);
-  }
-}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Scalars
@@ -193,25 +150,24 @@ Evidence total(const std::vector<Evidence>& evidence) {
 // ---------------------------------------------------------------------------------------------------------------
 
 // One scale for all: two sweeps, because nothing can be updated before everything has been measured.
-template <typename T>
-void step_in_two_sweeps(Worker<T>& worker, const TensorList& list, int threads) {
+void step_in_two_sweeps(const TensorList& list, int threads) {
+  Worker worker(list);
   const std::vector<Span> to_measure = measure_spans(list), to_update = update_spans(list);
   std::vector<Evidence> evidence(static_cast<size_t>(list.count));
   Shares measuring(threads, static_cast<int64_t>(to_measure.size())), advancing(threads, list.count),
-      updating(threads, static_cast<int64_t>(to_update.size()));
+      updating(threads, static_cast<int64_t>(to_update.size()), true);
   Barrier barrier;
   run_team(threads, [&](int member, int size) {
     measuring.work(member, [&](int64_t i) { worker.measure(to_measure[static_cast<size_t>(i)]); });
     barrier.arrive_and_wait(size, [] {});
     advancing.work(member, [&](int64_t i) { evidence[static_cast<size_t>(i)] = advance_one(list, i, worker.sums(i)); });
     barrier.arrive_and_wait(size, [&] { rescale_one(list, 0, total(evidence)); });
-    updating.work_backwards(member, [&](int64_t i) { worker.update(to_update[static_cast<size_t>(i)]); });
+    updating.work(member, [&](int64_t i) { worker.update(to_update[static_cast<size_t>(i)]); });
   });
 }
 
 // A scale per tensor: tensor by tensor, so that update finds all of a small one still in the cache.
-template <typename T>
-void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int threads) {
+void step_tensor_by_tensor(const TensorList& list, int threads) {
   // Large tensors are shared by all threads where handing each to one thread could leave the others idle for long.
   // Those in the middle are handed out one by one, largest first, which keeps all threads busy to the end; the small
   // ones come last, several at a time.
@@ -236,11 +192,12 @@ void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int thread
   }
   tasks.push_back(own.size());
 
+  Worker worker(list);
   const auto adapt = [&](int64_t tensor) { rescale_one(list, tensor, advance_one(list, tensor, worker.sums(tensor))); };
   const auto path_chunks = [&](size_t i) {
     return i < shared.size() ? path_chunk_count(list.tensors[shared[i]]) : 0;
   };
-  Shares measuring(threads, path_chunks(0)), updating(threads, 0);
+  Shares measuring(threads, path_chunks(0)), updating(threads, 0, true);
   Shares stepping(1, static_cast<int64_t>(tasks.size()) - 1);  // one queue for all
   Barrier barrier;
   run_team(threads, [&](int member, int size) {
@@ -252,7 +209,7 @@ void step_tensor_by_tensor(Worker<T>& worker, const TensorList& list, int thread
         updating.deal(chunk_count(list.tensors[tensor]));
         measuring.deal(path_chunks(i + 1));
       });
-      updating.work_backwards(member, [&](int64_t chunk) { worker.update(tensor, chunk, chunk + 1); });
+      updating.work(member, [&](int64_t chunk) { worker.update(tensor, chunk, chunk + 1); });
     }
     stepping.work(member, [&](int64_t task) {
       for (size_t i = tasks[static_cast<size_t>(task)]; i < tasks[static_cast<size_t>(task) + 1]; ++i) {
@@ -275,14 +232,13 @@ void number_chunks(TensorList& list, TensorRecord* records) {
 void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   if (skipped(list)) return;
   const int threads = useful_threads(list, where);
-  with_worker(list, [&](auto& worker) {
-    const std::vector<Span> spans = measure_spans(list);
-    Shares shares(threads, static_cast<int64_t>(spans.size()));
-    run_team(threads, [&](int member, int) {
-      shares.work(member, [&](int64_t i) { worker.measure(spans[static_cast<size_t>(i)]); });
-    });
-    for (int64_t i = 0; i < list.count; ++i) sums[i] = worker.sums(i);
+  const std::vector<Span> spans = measure_spans(list);
+  Worker worker(list);
+  Shares shares(threads, static_cast<int64_t>(spans.size()));
+  run_team(threads, [&](int member, int) {
+    shares.work(member, [&](int64_t i) { worker.measure(spans[static_cast<size_t>(i)]); });
   });
+  for (int64_t i = 0; i < list.count; ++i) sums[i] = worker.sums(i);
 }
 
 void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement&) {
@@ -299,25 +255,18 @@ void rescale(const TensorList& list, const Evidence* evidence, const Placement&)
 void update(const TensorList& list, const Placement& where) {
   if (skipped(list)) return;
   const int threads = useful_threads(list, where);
-  with_worker(list, [&](auto& worker) {
-    const std::vector<Span> spans = update_spans(list);
-    Shares shares(threads, static_cast<int64_t>(spans.size()));
-    run_team(threads, [&](int member, int) {
-      shares.work_backwards(member, [&](int64_t i) { worker.update(spans[static_cast<size_t>(i)]); });
-    });
+  const std::vector<Span> spans = update_spans(list);
+  const Worker worker(list);
+  Shares shares(threads, static_cast<int64_t>(spans.size()), true);
+  run_team(threads, [&](int member, int) {
+    shares.work(member, [&](int64_t i) { worker.update(spans[static_cast<size_t>(i)]); });
   });
 }
 
 void step(const TensorList& list, const Placement& where) {
   if (skipped(list) || list.count == 0) return;
   const int threads = useful_threads(list, where);
-  with_worker(list, [&](auto& worker) {
-    if (list.one_scale) {
-      step_in_two_sweeps(worker, list, threads);
-    } else {
-      step_tensor_by_tensor(worker, list, threads);
-    }
-  });
+  list.one_scale ? step_in_two_sweeps(list, threads) : step_tensor_by_tensor(list, threads);
 }
 
 }  // namespace clara::cpu

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu_backend.h"
 #include "storage.h"
 
 namespace clara::cpu::CLARA_CPU_ISA {
@@ -22,7 +23,7 @@ constexpr int64_t kPrefetchSampled = 192;  // elements of a sample
 template <typename T>
 constexpr int64_t kElementsPerLine = kCacheLine / static_cast<int64_t>(sizeof(T));
 
-// The streams of a chunk.
+// The streams of a chunk: a tensor's, from an element and its path on.
 template <typename T, typename Param, typename Grad>
 struct Streams {
   Param* param;
@@ -32,13 +33,13 @@ struct Streams {
   T* v_max;  // null without amsgrad
   T* path;
 
-  explicit Streams(const Chunk& chunk)
-      : param(static_cast<Param*>(chunk.param)),
-        grad(static_cast<const Grad*>(chunk.grad)),
-        m(static_cast<T*>(chunk.exp_avg)),
-        v(static_cast<T*>(chunk.exp_avg_sq)),
-        v_max(static_cast<T*>(chunk.max_exp_avg_sq)),
-        path(static_cast<T*>(chunk.path)) {}
+  Streams(const TensorRecord& tensor, const void* gradient, int64_t first, int64_t path_first)
+      : param(static_cast<Param*>(tensor.param) + first),
+        grad(static_cast<const Grad*>(gradient) + first),
+        m(static_cast<T*>(tensor.exp_avg) + first),
+        v(static_cast<T*>(tensor.exp_avg_sq) + first),
+        v_max(tensor.max_exp_avg_sq == nullptr ? nullptr : static_cast<T*>(tensor.max_exp_avg_sq) + first),
+        path(static_cast<T*>(tensor.path) + path_first) {}
 
   void prefetch(int64_t i, bool with_param) const {
     __builtin_prefetch(grad + i);
@@ -174,12 +175,15 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
 }
 
 template <typename T, typename Param, typename Grad>
-ElementSums<double> measure_chunk(const Chunk& chunk, const void* coefficients) {
-  // A copy: the compiler must not fear that a store into a tensor changes it.
-  const auto c = *static_cast<const MeasureCoefficients<T>*>(coefficients);
-  const Streams<T, Param, Grad> s(chunk);
-  const bool whole = chunk.kept == chunk.run;  // one piece
-  const int64_t count = chunk.count, kept = whole ? count : chunk.kept, run = whole ? count : chunk.run;
+ElementSums<double> measure_chunk(const TensorList& list, int64_t tensor, int64_t chunk) {
+  const TensorRecord& record = list.tensors[tensor];
+  const auto c = measure_coefficients<T>(list.groups[record.group], static_cast<T>(*record.step) + T(1),
+                                         list.grad_scale, walk_of(record).moment_sq);
+  const int64_t path_first = chunk * kPathChunk, count = std::min(kPathChunk, path_numel(record) - path_first);
+  const int64_t first = path_first / record.kept * record.run;  // a chunk starts where a piece does
+  const Streams<T, Param, Grad> s(record, list.grads[tensor], first, path_first);
+  const bool whole = record.kept == record.run;  // one piece
+  const int64_t kept = whole ? count : record.kept, run = whole ? count : record.run;
   const int64_t ahead =
       whole ? kPrefetchLines * kElementsPerLine<T> : std::max<int64_t>(1, kPrefetchSampled / kept) * run;
   Sums<T> sums;
@@ -226,17 +230,20 @@ inline void update_vector(const Streams<T, Param, Grad>& s, int64_t i, const Upd
 }
 
 template <typename T, typename Param, typename Grad>
-void update_chunk(const Chunk& chunk, const void* coefficients) {
+void update_chunk(const TensorList& list, int64_t tensor, int64_t chunk) {
   constexpr int64_t kLine = kElementsPerLine<T>;
-  const auto c = *static_cast<const UpdateCoefficients<T>*>(coefficients);
-  const Streams<T, Param, Grad> s(chunk);
+  const TensorRecord& record = list.tensors[tensor];
+  const auto c = update_coefficients<T>(list.groups[record.group], static_cast<T>(*record.step), list.grad_scale,
+                                        *record.lr_scale);
+  const int64_t first = chunk * kChunk, count = std::min(kChunk, record.numel - first);
+  const Streams<T, Param, Grad> s(record, list.grads[tensor], first, 0);
   int64_t i = 0;
-  for (; i + kLine <= chunk.count; i += kLine) {
+  for (; i + kLine <= count; i += kLine) {
     s.prefetch(i + kPrefetchLines * kLine, true);
     for (int64_t j = i; j < i + kLine; j += kLanes<T>) update_vector(s, j, c);
   }
-  for (; i + kLanes<T> <= chunk.count; i += kLanes<T>) update_vector(s, i, c);
-  if (const int64_t rest = chunk.count - i; rest > 0) {
+  for (; i + kLanes<T> <= count; i += kLanes<T>) update_vector(s, i, c);
+  if (const int64_t rest = count - i; rest > 0) {
     Copies<T, Param, Grad> copies(s, true, [&](const auto* from, auto& to) { to.take(from + i, rest); });
     update_vector(copies.streams, 0, c);
     copies.param.give(s.param + i, rest);
@@ -254,24 +261,15 @@ template <typename T, typename Param, typename Grad>
 constexpr Loops kLoops = {measure_chunk<T, Param, Grad>, update_chunk<T, Param, Grad>};
 
 Loops find_loops(DType param, DType grad) {
-  switch (param) {
-    case DType::kFloat32:
-      if (grad == DType::kFloat32) return kLoops<float, float, float>;
-      if (grad == DType::kBFloat16) return kLoops<float, float, BFloat16>;
-      if (grad == DType::kFloat16) return kLoops<float, float, Float16>;
-      break;
-    case DType::kBFloat16:
-      if (grad == DType::kBFloat16) return kLoops<float, BFloat16, BFloat16>;
-      if (grad == DType::kFloat32) return kLoops<float, BFloat16, float>;
-      break;
-    case DType::kFloat16:
-      if (grad == DType::kFloat16) return kLoops<float, Float16, Float16>;
-      if (grad == DType::kFloat32) return kLoops<float, Float16, float>;
-      break;
-    case DType::kFloat64:
-      if (grad == DType::kFloat64) return kLoops<double, double, double>;
-      break;
-  }
+  const auto are = [&](DType p, DType g) { return param == p && grad == g; };
+  if (are(DType::kFloat32, DType::kFloat32)) return kLoops<float, float, float>;
+  if (are(DType::kFloat32, DType::kBFloat16)) return kLoops<float, float, BFloat16>;
+  if (are(DType::kFloat32, DType::kFloat16)) return kLoops<float, float, Float16>;
+  if (are(DType::kBFloat16, DType::kBFloat16)) return kLoops<float, BFloat16, BFloat16>;
+  if (are(DType::kBFloat16, DType::kFloat32)) return kLoops<float, BFloat16, float>;
+  if (are(DType::kFloat16, DType::kFloat16)) return kLoops<float, Float16, Float16>;
+  if (are(DType::kFloat16, DType::kFloat32)) return kLoops<float, Float16, float>;
+  if (are(DType::kFloat64, DType::kFloat64)) return kLoops<double, double, double>;
   return {};
 }
 

@@ -1,4 +1,4 @@
-// One chunk of one tensor: what the vectorized loops of an instruction set offer to the scheduler in cpu_backend.cpp.
+// What the vectorized loops of an instruction set offer to the scheduler in cpu_backend.cpp.
 #pragma once
 
 #include <cstdint>
@@ -7,20 +7,9 @@
 
 namespace clara::cpu {
 
-struct Chunk {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  void* path;
-  int64_t count;  // of elements in update, of elements with a path in measure
-  int64_t run, kept;  // see Note [Sampled path]
-};
-
-// Coefficients have the arithmetic type of the parameter: double for float64, float otherwise.
-using MeasureChunk = ElementSums<double> (*)(const Chunk&, const void* measure_coefficients);
-using UpdateChunk = void (*)(const Chunk&, const void* update_coefficients);
+// A chunk of a tensor of the list (see Note [Chunks]); update: after the step has been counted.
+using MeasureChunk = ElementSums<double> (*)(const TensorList&, int64_t tensor, int64_t chunk);
+using UpdateChunk = void (*)(const TensorList&, int64_t tensor, int64_t chunk);
 
 struct Loops {
   MeasureChunk measure;

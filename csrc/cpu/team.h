@@ -34,10 +34,12 @@ class Barrier {
 };
 
 // Deals out items 0 to count - 1: to each member a contiguous share, so that it streams through memory, then what is
-// left of the others' shares. There may be fewer members than shares.
+// left of the others' shares. There may be fewer members than shares. Backwards, each share from its end: what a member
+// worked on last is what its cache still has.
 class Shares {
  public:
-  Shares(int members, int64_t count) : members_(members), shares_(new Share[static_cast<size_t>(members)]) {
+  Shares(int members, int64_t count, bool backwards = false)
+      : members_(members), backwards_(backwards), shares_(new Share[static_cast<size_t>(members)]) {
     deal(count);
   }
 
@@ -52,13 +54,14 @@ class Shares {
 
   template <typename WorkOn>
   void work(int member, WorkOn work_on) {
-    take(member, [&](const Share& share, int64_t taken) { work_on(share.first + taken); });
-  }
-
-  // Each share from its end: what a member worked on last is what its cache still has.
-  template <typename WorkOn>
-  void work_backwards(int member, WorkOn work_on) {
-    take(member, [&](const Share& share, int64_t taken) { work_on(share.last - 1 - taken); });
+    for (int i = 0; i < members_; ++i) {
+      Share& share = shares_[(member + i) % members_];
+      while (true) {
+        const int64_t taken = share.taken.fetch_add(1, std::memory_order_relaxed);
+        if (taken >= share.last - share.first) break;
+        work_on(backwards_ ? share.last - 1 - taken : share.first + taken);
+      }
+    }
   }
 
  private:
@@ -67,19 +70,8 @@ class Shares {
     int64_t first = 0, last = 0;
   };
 
-  template <typename Take>
-  void take(int member, Take take_one) {
-    for (int i = 0; i < members_; ++i) {
-      Share& share = shares_[(member + i) % members_];
-      while (true) {
-        const int64_t taken = share.taken.fetch_add(1, std::memory_order_relaxed);
-        if (taken >= share.last - share.first) break;
-        take_one(share, taken);
-      }
-    }
-  }
-
   const int members_;
+  const bool backwards_;
   std::unique_ptr<Share[]> shares_;
 };
 
