@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <tuple>
 
@@ -220,15 +221,6 @@ bool is_dense(const View& tensor) {
   return true;
 }
 
-bool is_contiguous(const View& tensor) {
-  int64_t expected = 1;
-  for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
-    if (tensor.shape[i] > 1 && tensor.strides[i] != expected) return false;
-    expected *= tensor.shape[i];
-  }
-  return true;
-}
-
 bool same_layout(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;
   for (int32_t i = 0; i < a.ndim; ++i) {
@@ -238,6 +230,8 @@ bool same_layout(const View& a, const View& b) {
   return true;
 }
 
+DType moment_type(const View& param) { return param.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
 // Sets run and kept of the record to what the path's shape says; false if it is no path of such a parameter. A shard has
 // the runs of the whole tensor: where it would not, state.py gives it its whole path. See docs/algorithm.md.
 bool read_sample(const View& param, const View& path, TensorRecord* record) {
@@ -245,11 +239,11 @@ bool read_sample(const View& param, const View& path, TensorRecord* record) {
   record->run = record->kept = 1;
   if (same_layout(param, path)) return true;
   if (param.numel == 0) return path.numel == 0;  // an empty shard
-  if (param.ndim == 0 || path.numel == 0 || !is_contiguous(path)) return false;
+  if (param.ndim == 0 || path.numel == 0 || !is_dense(path)) return false;
   const bool one_row = param.ndim == 1;
   const int64_t rows = one_row ? 1 : param.shape[0], row = param.numel / rows;
   if (path.ndim != (one_row ? 1 : 2) || (!one_row && path.shape[0] != rows)) return false;
-  if (rows > 1 && param.strides[0] != row) return false;
+  if (rows > 1 && (param.strides[0] != row || path.strides[0] != path.numel / rows)) return false;
   const int64_t run = std::min(row & -row, kMaxRun);
   if (path.numel / rows % (row / run) != 0) return false;
   const int64_t kept = path.numel / rows / (row / run);
@@ -265,15 +259,12 @@ bool read_sample(const View& param, const View& path, TensorRecord* record) {
 
 struct Candidate {
   Location location;
-  PyObject *param, *grad;              // as the user has them
+  PyObject* param;                     // as the user has it
   PyObject *plain_param, *plain_grad;  // null: has none
   bool amsgrad;
   bool regular;
   // Of a regular one:
-  Device device;
-  DType param_dtype, grad_dtype;
-  const void* grad_data;
-  int64_t param_bytes;
+  View view, grad;
   TensorRecord record;
 };
 
@@ -302,7 +293,6 @@ class Gatherer {
         Candidate candidate{};
         candidate.location = {g, i};
         candidate.param = param.ptr();
-        candidate.grad = grad.ptr();
         candidate.amsgrad = is_amsgrad != 0;
         if (reader.is_plain(param.ptr()) && reader.is_plain(grad.ptr())) {
           candidate.plain_param = param.ptr();
@@ -329,7 +319,7 @@ class Gatherer {
     }
     const auto has_the_scale = [&](const Candidate& candidate) {
       return std::any_of(one_scale.begin(), one_scale.end(), [&](const View& scale) {
-        return scale.device == candidate.device && scale.data == candidate.record.lr_scale;
+        return scale.device == candidate.view.device && scale.data == candidate.record.lr_scale;
       });
     };
     constexpr size_t kEntriesOfMost = kWalkScalars + 5;  // step, scale, two moments, path
@@ -358,20 +348,16 @@ class Gatherer {
       Candidate* candidate;
     };
     std::vector<Range> ranges;
-    ranges.reserve(candidates_.size());
-    for (Candidate& candidate : candidates_) {
-      if (!candidate.regular) continue;
-      const auto* begin = static_cast<const char*>(candidate.record.param);
-      int64_t bytes = candidate.param_bytes;
-      if (bytes == 0) {  // no memory, but a state that must not be stepped twice at once
-        begin = reinterpret_cast<const char*>(candidate.param);
-        bytes = 1;
-      }
-      ranges.push_back({begin, begin + bytes, &candidate});
+    for (Candidate& c : candidates_) {
+      if (!c.regular) continue;
+      // What has no memory lies where it is itself: its state must not be stepped twice at once.
+      const void* begin = c.view.numel == 0 ? c.param : c.view.data;
+      const int64_t bytes = std::max<int64_t>(1, c.view.numel * element_size(c.view.dtype));
+      ranges.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes, &c});
     }
     std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
     for (size_t i = 1, last = 0; i < ranges.size(); ++i) {  // `last`: of those before, the one that reaches furthest
-      if (ranges[i].begin < ranges[last].end && ranges[i].candidate->device == ranges[last].candidate->device) {
+      if (ranges[i].begin < ranges[last].end && ranges[i].candidate->view.device == ranges[last].candidate->view.device) {
         ranges[i].candidate->regular = ranges[last].candidate->regular = false;
       }
       if (ranges[i].end > ranges[last].end) last = i;
@@ -380,33 +366,21 @@ class Gatherer {
 
   Gathering result() {
     Gathering all;
-    GatheredBucket* bucket = nullptr;
+    std::map<std::tuple<bool, int32_t, DType, DType>, GatheredBucket> buckets;
     for (const Candidate& c : candidates_) {
       if (!c.regular) {
         all.irregular.push_back(c.location);
         continue;
       }
-      const auto takes = [&](const GatheredBucket& b) {
-        return b.device == c.device && b.param_dtype == c.param_dtype && b.grad_dtype == c.grad_dtype;
-      };
-      if (bucket == nullptr || !takes(*bucket)) {
-        const auto found = std::find_if(all.buckets.begin(), all.buckets.end(), takes);
-        const auto index = static_cast<size_t>(found - all.buckets.begin());
-        if (index == all.buckets.size()) {
-          all.buckets.push_back({c.device, c.param_dtype, c.grad_dtype, {}, {}, {}, {}, owners_});
-        }
-        bucket = &all.buckets[index];
-      }
-      bucket->records.push_back(c.record);
-      bucket->grads.push_back(c.grad_data);
-      bucket->locations.push_back(c.location);
-      bucket->params.push_back(c.param);
+      const Device device = c.view.device;
+      GatheredBucket& bucket = buckets[{device.is_cuda, device.index, c.view.dtype, c.grad.dtype}];
+      if (bucket.owners == nullptr) bucket = {device, c.view.dtype, c.grad.dtype, {}, {}, {}, {}, owners_};
+      bucket.records.push_back(c.record);
+      bucket.grads.push_back(c.grad.data);
+      bucket.locations.push_back(c.location);
+      bucket.params.push_back(c.param);
     }
-    const auto key = [](const GatheredBucket& b) {
-      return std::make_tuple(b.device.is_cuda, b.device.index, b.param_dtype, b.grad_dtype);
-    };
-    std::sort(all.buckets.begin(), all.buckets.end(),
-              [&](const GatheredBucket& a, const GatheredBucket& b) { return key(a) < key(b); });
+    for (auto& [key, bucket] : buckets) all.buckets.push_back(std::move(bucket));
     return all;
   }
 
@@ -418,13 +392,9 @@ class Gatherer {
   }
 
   bool read(PyObject* values, Candidate* c) {
-    View param, grad;
     const Reader& reader = Reader::instance();
-    if (!reader.read(c->plain_param, &param) || !reader.read(c->plain_grad, &grad)) return false;
-    c->device = param.device;
-    c->param_dtype = param.dtype;
-    c->grad_dtype = grad.dtype;
-    c->grad_data = grad.data;
+    if (!reader.read(c->plain_param, &c->view) || !reader.read(c->plain_grad, &c->grad)) return false;
+    const View &param = c->view, &grad = c->grad;
     if (!(grad.device == param.device) || !same_layout(param, grad) || !is_dense(param)) return false;
     if (!supports(param.device.is_cuda, param.dtype, grad.dtype)) return false;
 
@@ -432,13 +402,12 @@ class Gatherer {
     record.param = param.data;
     record.numel = param.numel;
     record.group = static_cast<int32_t>(c->location.first);
-    c->param_bytes = param.numel * element_size(param.dtype);
     const Names& n = names();
     for (int i = 0; i < kWalkScalars; ++i) {
       if (!read_scalar(values, n.walk[i], param, &record.walk[i])) return false;
     }
     View path;
-    if (!read_entry(values, n.path, param, &path) || !read_sample(param, path, &record)) return false;
+    if (!read_entry(values, n.path, param, moment_type(param), &path) || !read_sample(param, path, &record)) return false;
     record.path = path.data;
     return read_scalar(values, n.step, param, &record.step) &&
            read_scalar(values, n.lr_scale, param, &record.lr_scale) &&
@@ -447,29 +416,24 @@ class Gatherer {
            (!c->amsgrad || read_moment(values, n.max_exp_avg_sq, param, &record.max_exp_avg_sq));
   }
 
-  // An entry on the parameter's device, of the type of its moments.
-  bool read_entry(PyObject* values, PyObject* name, const View& param, View* out) {
-    const DType dtype = param.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    return read_any(values, name, param, out) && out->dtype == dtype;
-  }
-
-  bool read_any(PyObject* values, PyObject* name, const View& param, View* out) {
+  // An entry on the parameter's device.
+  bool read_entry(PyObject* values, PyObject* name, const View& param, DType dtype, View* out) {
     PyObject* object = item(values, name);
     if (object == nullptr) return false;
     PyObject* plain = keep(plain_tensor(object));
-    return plain != nullptr && Reader::instance().read(plain, out) && out->device == param.device;
+    return plain != nullptr && Reader::instance().read(plain, out) && out->device == param.device && out->dtype == dtype;
   }
 
   bool read_moment(PyObject* values, PyObject* name, const View& param, void** out) {
     View moment;
-    if (!read_entry(values, name, param, &moment) || !same_layout(param, moment)) return false;
+    if (!read_entry(values, name, param, moment_type(param), &moment) || !same_layout(param, moment)) return false;
     *out = moment.data;
     return true;
   }
 
   bool read_scalar(PyObject* values, PyObject* name, const View& param, float** out) {
     View scalar;
-    if (!read_any(values, name, param, &scalar) || scalar.dtype != DType::kFloat32 || scalar.ndim != 0) return false;
+    if (!read_entry(values, name, param, DType::kFloat32, &scalar) || scalar.ndim != 0) return false;
     *out = static_cast<float*>(scalar.data);
     return true;
   }
