@@ -13,6 +13,7 @@ from .distributed.dtensors import is_dtensor, local
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+# In the order of DType in csrc/tensor_list.h.
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 

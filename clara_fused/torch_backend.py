@@ -266,7 +266,8 @@ class TorchBucket:
     def _update_block(self, block: _Block, coefficients: _Coefficients) -> None:
         grad, moments = self._gradient(block, WHOLE), self._moments(block, WHOLE)
         numbers = coefficients.of(block.rows)
-        if self._undo is None and isinstance(numbers[-1], float) and not tensors.is_wrapper(block.params[0]):
+        has_memory = not tensors.is_wrapper(block.params[0]) and not grad._is_zerotensor()
+        if self._undo is None and isinstance(numbers[-1], float) and has_memory:
             moments = self._fused_update(block, grad, moments, numbers[-1])
         else:
             moments = self._composed_update(block, grad, moments, *numbers)

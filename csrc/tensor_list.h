@@ -16,6 +16,7 @@
 
 namespace clara {
 
+// In the order of SUPPORTED_DTYPES in clara_fused/tensors.py.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 struct BFloat16 {

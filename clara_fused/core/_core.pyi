@@ -4,18 +4,11 @@ A core is built for this text and refused beside any other (loading.py), so that
 never called. What changes the meaning of a call and not its declaration has to be said here for that reason as well.
 """
 
-from enum import Enum
 from typing import Any, TypedDict
 
 version: str
 interface: str
 OPTION_NAMES: tuple[str, ...]
-
-class DType(Enum):
-    float32 = ...
-    bfloat16 = ...
-    float16 = ...
-    float64 = ...
 
 class GroupTable:
     """Options of the param groups, as one device sees them. Setting them does not change running kernels."""
@@ -36,8 +29,7 @@ class Bucket:
     @property
     def params(self) -> list[Any]: ...
     def __len__(self) -> int: ...
-    def set_groups(self, groups: GroupTable) -> None: ...
-    def set_amp(self, grad_scale: int, found_inf: int) -> None: ...
+    def set_inputs(self, groups: GroupTable, grad_scale: int, found_inf: int) -> None: ...
     def memory_sizes(self) -> tuple[int, int]:
         """CUDA: bytes the bucket needs on the device, and how many of them, the first, `write_table` fills."""
     def write_table(self, host_memory: int) -> None: ...
@@ -52,15 +44,11 @@ class Bucket:
     def update(self, threads: int, stream: int) -> None: ...
     def step(self, threads: int, stream: int) -> None: ...
 
-class CudaInfo(TypedDict):
-    toolkit: str
-    architectures: str
-
 class BuildInfo(TypedDict):
     cpu_instruction_sets: list[str]
     cpu_instruction_set: str
     cpu_threads: str
-    cuda: CudaInfo | None
+    cuda: str  # such as "13.0, architectures 80;90"; empty without
     why_not_more: str
 
 def gather(
@@ -71,6 +59,7 @@ def gather(
     `scales`: tensors that hold the one scale of all, one per device; None where each parameter has a scale of its own.
     """
 
-def supports(on_cuda: bool, param: DType, grad: DType) -> bool: ...
+def supports(on_cuda: bool, param: int, grad: int) -> bool:
+    """Dtypes by their place in tensors.SUPPORTED_DTYPES."""
 def build_info() -> BuildInfo: ...
 def cuda_problem(device: int) -> str: ...

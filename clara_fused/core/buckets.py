@@ -94,14 +94,12 @@ class CoreBucket:
         self._bucket = bucket
         groups = gatherer.groups[bucket.device]
         self.device = groups.device
-        bucket.set_groups(groups.table)
-        if inputs.grad_scale is not None or inputs.found_inf is not None:
-            # What a launch reads by address has to live as long as the bucket.
-            self._amp = [
-                value if value is None else moved(value, self.device).to(torch.float32)
-                for value in (inputs.grad_scale, inputs.found_inf)
-            ]
-            bucket.set_amp(*(0 if value is None else value.data_ptr() for value in self._amp))
+        # What a launch reads by address has to live as long as the bucket.
+        self._amp = [
+            value if value is None else moved(value, self.device).to(torch.float32)
+            for value in (inputs.grad_scale, inputs.found_inf)
+        ]
+        bucket.set_inputs(groups.table, *(0 if value is None else value.data_ptr() for value in self._amp))
         # Number of threads, and CUDA stream, of every operation.
         self._launch = torch.get_num_threads(), 0
         if self.device.type == "cuda":  # pragma: no cover (needs a GPU)

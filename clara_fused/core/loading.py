@@ -20,7 +20,6 @@ from ..distributed.dtensors import local
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from . import _core
 
 _REINSTALL = (
     "reinstall clara_fused from its sources on a machine with a C++ compiler "
@@ -88,12 +87,6 @@ def _cuda_problem(index: int) -> str:
     return problem
 
 
-@lru_cache(maxsize=1)
-def dtype_codes() -> dict[torch.dtype, _core.DType]:
-    """The core's names of the dtypes it knows."""
-    return {dtype: core_or_warning().DType.__members__[str(dtype)[6:]] for dtype in tensors.SUPPORTED_DTYPES}
-
-
 def require(param: Tensor, grad: Tensor, group_index: int, param_index: int) -> None:
     """Check what ``fused=True`` promises.
 
@@ -120,8 +113,8 @@ def _why_not(param: Tensor, grad: Tensor) -> str | None:
             return f"the compiled core does not serve {role} of a class of their own ({type(part).__name__})"
         if part.is_neg() or part._is_zerotensor():
             return f"the compiled core does not serve {role} whose memory does not hold their values (lazy negatives)"
-    codes = dtype_codes()
-    if not core_or_warning().supports(param.device.type == "cuda", codes[param.dtype], codes[grad.dtype]):
+    dtypes = [tensors.SUPPORTED_DTYPES.index(each.dtype) for each in (param, grad)]
+    if not core_or_warning().supports(param.device.type == "cuda", *dtypes):
         return f"the compiled core does not serve a {grad.dtype} gradient for a {param.dtype} parameter"
     part, part_grad = local(param), local(grad)
     if not tensors.is_dense(part):
@@ -150,12 +143,8 @@ def describe_installation() -> str:
         sets = ", ".join(info["cpu_instruction_sets"])
         kernels = f"{info['cpu_instruction_set']} kernels (of {sets})"
         lines.append(f"compiled core: {kernels}, threads of {info['cpu_threads']}")
-        cuda = info["cuda"]
-        lines.append(
-            f"compiled for CUDA: no ({info['why_not_more']})"
-            if cuda is None
-            else f"compiled for CUDA: {cuda['toolkit']}, architectures {cuda['architectures'].replace(';', ', ')}"
-        )
+        cuda = info["cuda"].replace(";", ", ")
+        lines.append(f"compiled for CUDA: {cuda or 'no'}" + ("" if cuda else f" ({info['why_not_more']})"))
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     devices += ["mps"] if torch.backends.mps.is_available() else []
     for device in devices:

@@ -29,13 +29,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-constexpr const char* kOptionNames[] = {
-#define CLARA_NAME(name) #name,
-    CLARA_GROUP_OPTIONS(CLARA_NAME)
-#undef CLARA_NAME
-};
-constexpr size_t kOptions = sizeof(kOptionNames) / sizeof(*kOptionNames);
-static_assert(offsetof(GroupOptions, lr_tensor) == kOptions * sizeof(double), "the options are the first members");
+constexpr size_t kOptions = offsetof(GroupOptions, lr_tensor) / sizeof(double);  // they are the first members
 
 // Options of the param groups of an optimizer, as one device sees them.
 class GroupTable {
@@ -83,14 +77,11 @@ class Bucket {
     return objects;
   }
 
-  void set_groups(std::shared_ptr<const GroupTable> groups) {
+  // And the scalars of a GradScaler, float32 on the device, or 0.
+  void set_inputs(std::shared_ptr<const GroupTable> groups, Address grad_scale, Address found_inf) {
     groups_ = std::move(groups);
     list_.groups = groups_->options().data();
     list_.group_count = static_cast<int64_t>(groups_->options().size());
-  }
-
-  // Scalars of a GradScaler, float32 on the device, or 0.
-  void set_amp(Address grad_scale, Address found_inf) {
     list_.grad_scale = pointer<const float>(grad_scale);
     list_.found_inf = pointer<const float>(found_inf);
   }
@@ -176,11 +167,7 @@ py::dict build_info() {
   info["cpu_instruction_set"] = cpu::best_kernels().instruction_set;
   info["cpu_threads"] = cpu::thread_source();
   info["why_not_more"] = CLARA_WHY_NOT_MORE;  // what setup.py did not build, and what to do
-  info["cuda"] = py::none();
-  if (*CLARA_CUDA_TOOLKIT != 0) {
-    info["cuda"] = py::dict(py::arg("toolkit") = CLARA_CUDA_TOOLKIT,  // such as "13.0"
-                            py::arg("architectures") = CLARA_CUDA_ARCHITECTURES);  // such as "80;90"
-  }
+  info["cuda"] = *CLARA_CUDA_TOOLKIT != 0 ? CLARA_CUDA_TOOLKIT ", architectures " CLARA_CUDA_ARCHITECTURES : "";
   return info;
 }
 
@@ -192,12 +179,6 @@ PYBIND11_MODULE(_core, m) {
   using namespace clara::python;
   m.doc() = "Compiled core of clara_fused: gather, measure, advance, rescale and update on raw memory.";
 
-  py::enum_<DType>(m, "DType")
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16)
-      .value("float64", DType::kFloat64);
-
   py::class_<GroupTable, std::shared_ptr<GroupTable>>(m, "GroupTable")
       .def(py::init<size_t>(), py::arg("group_count"))
       .def("set", &GroupTable::set, py::arg("group"), py::arg("values"))
@@ -208,8 +189,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("locations", &Bucket::locations)
       .def_property_readonly("params", &Bucket::params)
       .def("__len__", &Bucket::size)
-      .def("set_groups", &Bucket::set_groups, py::arg("groups"))
-      .def("set_amp", &Bucket::set_amp, py::arg("grad_scale"), py::arg("found_inf"))
+      .def("set_inputs", &Bucket::set_inputs, py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"))
       .def("memory_sizes", &Bucket::memory_sizes)
       .def("write_table", &Bucket::write_table, py::arg("host_memory"))
       .def("table_equals", &Bucket::table_equals, py::arg("host_memory"))
@@ -222,11 +202,14 @@ PYBIND11_MODULE(_core, m) {
 
   m.attr("version") = CLARA_VERSION;
   m.attr("interface") = CLARA_INTERFACE;
-  py::tuple option_names(kOptions);
-  for (size_t i = 0; i < kOptions; ++i) option_names[i] = kOptionNames[i];
-  m.attr("OPTION_NAMES") = option_names;
+#define CLARA_NAME(name) #name,
+  m.attr("OPTION_NAMES") = py::tuple(py::cast(std::vector<std::string>{CLARA_GROUP_OPTIONS(CLARA_NAME)}));
+#undef CLARA_NAME
   m.def("gather", &gather_buckets, py::arg("param_groups"), py::arg("state"), py::arg("scales"));
-  m.def("supports", &clara::python::supports, py::arg("on_cuda"), py::arg("param"), py::arg("grad"));
+  const auto supports_numbered = [](bool on_cuda, int param, int grad) {
+    return supports(on_cuda, static_cast<DType>(param), static_cast<DType>(grad));
+  };
+  m.def("supports", supports_numbered, py::arg("on_cuda"), py::arg("param"), py::arg("grad"));
   m.def("build_info", &build_info);
   m.def("cuda_problem", &cuda::device_problem, py::arg("device"));
 }

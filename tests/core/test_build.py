@@ -474,7 +474,7 @@ def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fresh_core_status() -> Iterator[None]:
     """What the process found out about its core is found out again, before and after the test."""
-    caches = (loading.load, loading.core_or_warning, loading._cuda_problem, loading.dtype_codes)
+    caches = (loading.load, loading.core_or_warning, loading._cuda_problem)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -567,7 +567,7 @@ def test_an_error_says_once_what_to_do(device: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(not core_available(), reason="needs the compiled core")
 def test_a_core_without_cuda_says_so() -> None:
-    if loading.core_or_warning().build_info()["cuda"] is not None:
+    if loading.core_or_warning().build_info()["cuda"]:
         pytest.skip("this core is built with CUDA")
     assert "built without CUDA" in (loading.core_status("cuda", torch.float32) or "")
 

@@ -186,7 +186,7 @@ def step_once(params: list[Parameter], state: State, amsgrad: bool = False, **op
     buckets, others = core.gather([{"params": params, "amsgrad": amsgrad}], state, None)
     assert not others
     for bucket in buckets:
-        bucket.set_groups(table)
+        bucket.set_inputs(table, 0, 0)
         bucket.step(2, 0)
 
 
