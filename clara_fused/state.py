@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 
-from .adaptation import fixed_order_sum, scalar_dtype
+from .adaptation import Walk, fixed_order_sum, scalar_dtype
 from .distributed import dtensors
 from .options import GroupOptions
 from .step import moved
@@ -24,16 +24,11 @@ from .tensors import describe, have_equal_layout, is_dense
 
 State = MutableMapping[str, Any]
 
-WALK = (
-    *("walk_moment_sq", "walk_path_moment", "walk_path_sq", "walk_grad_peak"),
-    *("walk_cosine", "walk_cosine_sq", "walk_cosine_lag"),
-)
-"""In the order of `adaptation.Walk`."""
+WALK = tuple(f"walk_{column}" for column in Walk._fields)  # checkpoints name them so, too
 SCALARS = ("step", "lr_scale", *WALK)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 NAMES = frozenset((*SCALARS, *MOMENTS, "path"))
 
-_SCALAR_SHAPE = torch.Size(())
 _MIN_SAMPLED = 65_536  # smaller tensors keep the whole path
 _MAX_RUN, _MIN_RUN = 1024, 64
 _CAUTIOUS_SHARE = 0.01  # of the parameters' root mean square: the most that the first step changes an element by
@@ -146,7 +141,7 @@ def check(state: Mapping[str, Any], param: Tensor, group_index: int, param_index
     """
     for name in sorted(NAMES & state.keys()):
         value = state[name]
-        expected = _SCALAR_SHAPE if name in SCALARS else param.shape
+        expected = torch.Size() if name in SCALARS else param.shape
         if isinstance(value, Tensor) and value.is_floating_point() and (name == "path" or value.shape == expected):
             continue
         got = f"shape {tuple(value.shape)}, dtype {value.dtype}" if isinstance(value, Tensor) else repr(value)
@@ -378,8 +373,6 @@ def adopt(
     """
     own = {name: value.value for name, value in entry.items() if isinstance(value, Verbatim)}
     others = {name: value for name, value in entry.items() if not isinstance(value, Verbatim)}
-    if not own:
-        return others
     if "step" not in own and group_step is not None:
         own["step"] = group_step
     for name in SCALARS:

@@ -110,11 +110,6 @@ class CoreBucket:
     def locations(self) -> Sequence[Location]:
         return [Location(*location) for location in self._bucket.locations]
 
-    @property
-    def params(self) -> Sequence[Tensor]:
-        """The parameters as the user has them, in the order of `locations`."""
-        return self._bucket.params
-
     def _numbers(self, columns: int) -> Tensor:
         return torch.empty(len(self._bucket), columns, dtype=torch.float64, device=self.device)
 
