@@ -193,14 +193,6 @@ def _scale_bounds(name: str, value: Any) -> dict[str, Any]:
     return {"scale_low": low, "scale_high": high}
 
 
-def _positive(x: float) -> bool:
-    return x > 0.0
-
-
-def _in_0_1(x: float) -> bool:
-    return 0.0 < x <= 1.0
-
-
 class Option(NamedTuple):
     """How an option is read."""
 
@@ -218,13 +210,13 @@ OPTIONS: Mapping[str, Option] = {
     "amsgrad": Option(_flag),
     "maximize": Option(_flag),
     "decoupled_weight_decay": Option(_flag),
-    "initial_scale": Option(_number(_positive, "> 0", "cautious"), one_for_all=True),
-    "path_fraction": Option(_number(_in_0_1, "in (0, 1]")),
-    "smoothing": Option(_number(_in_0_1, "in (0, 1]"), one_for_all=True),
-    "damping": Option(_number(_positive, "> 0"), one_for_all=True),
+    "initial_scale": Option(_number(lambda x: x > 0.0, "> 0", "cautious"), one_for_all=True),
+    "path_fraction": Option(_number(lambda x: 0.0 < x <= 1.0, "in (0, 1]")),
+    "smoothing": Option(_number(lambda x: 0.0 < x <= 1.0, "in (0, 1]"), one_for_all=True),
+    "damping": Option(_number(lambda x: x > 0.0, "> 0"), one_for_all=True),
     "clip": Option(_clip, one_for_all=True),
     "lr_smoothing": Option(_number(lambda x: 0.0 <= x < 1.0, "in [0, 1)")),
-    "reference": Option(_number(_positive, "> 0", "random_walk"), one_for_all=True),
+    "reference": Option(_number(lambda x: x > 0.0, "> 0", "random_walk"), one_for_all=True),
     "scale_bounds": Option(_scale_bounds, one_for_all=True),
     "adapt_lr": Option(_flag, one_for_all=True),
 }
@@ -377,7 +369,7 @@ def coming_lr(lr: float | Tensor, group: Mapping[str, Any], index: int) -> float
 
 
 def largest_lr(lrs: Sequence[float | Tensor], device: torch.device) -> float | Tensor:
-    """The largest of checked learning rates; a 0-dim float64 tensor on `device` where only devices know them."""
+    """The largest of checked learning rates; a 0-dim float32 tensor on `device` where only devices know them."""
     numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
     if len(numbers) == len(lrs):
         return max(numbers)
