@@ -96,14 +96,14 @@ class Evidence(NamedTuple):
     shared_weight: Tensor  # D sqrt(h), of shared noise: what varies together has standard deviations that add up
 
 
-def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: bool | Tensor) -> Tensor:
+def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Tensor, moves: Tensor) -> Tensor:
     """The walks after a step with these sums; as they were where a sum is not finite or nothing has moved.
 
     Args:
         walks: float32 [n, 7], columns of `Walk`.
         sums: float64 [n, 9], columns of `PathSums`.
         steps: float64 [n], number of the step, from 1.
-        moves: whether lr is not 0; a bool, or a bool tensor of one element.
+        moves: whether lr is not 0, bool, 0-dim.
 
     Returns:
         float32 [n, 7].
@@ -124,8 +124,8 @@ def advanced_walks(walks: Tensor, sums: Tensor, options: GroupOptions, steps: Te
     # At most what lengths allow: elements that v's overflow has taken out of these are still in C.
     path_moment = torch.minimum(beta1 * old.path_moment**2 * new.numel, path_sq.sqrt() * moment_sq.sqrt())
     a = path_gain(options.smoothing) / bias1
-    path_sq = _where(moves, q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq, path_sq)
-    path_moment = _where(moves, q * path_moment + a * moment_sq, path_moment)  # else only m has moved
+    path_sq = torch.where(moves, q * q * path_sq + 2.0 * q * a * path_moment + a * a * moment_sq, path_sq)
+    path_moment = torch.where(moves, q * path_moment + a * moment_sq, path_moment)  # else only m has moved
     moment_sq = torch.where(length_sq == 0.0, 0.0, moment_sq / length_sq)
     kept = torch.stack((moment_sq, torch.sqrt(path_moment / new.numel), path_sq / new.path_sq, grad_peak), -1)
     advanced = torch.cat((kept, _advanced_cosines(old, new)), -1).to(walks.dtype)
@@ -140,12 +140,6 @@ def _advanced_cosines(old: Walk, new: PathSums) -> Tensor:
     averages = _COSINE_MEMORY * before[..., 1:] + (1.0 - _COSINE_MEMORY) * products
     none = (new.path_before_sq == 0.0) | (new.grad_sq == 0.0)
     return torch.where(none.unsqueeze(-1), before, torch.cat((cosine.unsqueeze(-1), averages), -1))
-
-
-def _where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    if isinstance(condition, Tensor):
-        return torch.where(condition, yes, no)
-    return yes if condition else no
 
 
 def expected_moment_sq(
@@ -172,7 +166,7 @@ def expected_moment_sq(
     kept.square_().mul_(walk_moment_sq).addcmul_(rest, unit_grad, value=1.0 - beta1)
 
 
-def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: bool | Tensor) -> Tensor:
+def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: Tensor) -> Tensor:
     """Columns of `Evidence`, float64 [n, 8], after `advanced_walks`; arguments as there.
 
     Zeros, so no vote, where nothing moves or the gradients are all zero.
@@ -182,9 +176,8 @@ def evidence_of(sums: Tensor, walks: Tensor, options: GroupOptions, moves: bool 
     walk_sq, step_walk_sq = walk.path_sq * s.path_sq, walk.moment_sq * s.step_sq
     shared_weight = _shared_noise(walk).sqrt() * s.weight
     row = Evidence(s.path_sq, walk_sq, long_walk_sq, s.step_sq, step_walk_sq, s.weight, s.weight_sq, shared_weight)
-    evidence = torch.stack(row, -1)
-    nothing = torch.zeros_like(evidence)
-    return _where(moves, torch.where((s.grad_sq == 0.0).unsqueeze(-1), nothing, evidence), nothing)
+    votes = moves & (s.grad_sq != 0.0)
+    return torch.where(votes.unsqueeze(-1), torch.stack(row, -1), 0.0)
 
 
 def _shared_noise(walk: Walk) -> Tensor:

@@ -29,7 +29,9 @@ class TensorScalars:
     def __init__(
         self, states: Sequence[dict[str, Any]], options: GroupOptions, moves: bool | Tensor, keep: Tensor | None
     ) -> None:
-        self._states, self._options, self._moves, self._keep = states, options, moves, keep
+        self._states, self._options, self._keep = states, options, keep
+        # A kernel writes it: a copy from the host would wait.
+        self._moves = moves if isinstance(moves, Tensor) else torch.full((), moves, device=states[0]["step"].device)
 
     def column(self, name: str) -> Tensor:
         """An entry of all states, [n]; a copy."""
