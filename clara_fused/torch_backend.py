@@ -19,7 +19,7 @@ from torch import Tensor
 from . import adaptation, profiling, tensors
 from .options import GroupOptions, readable
 from .scalars import TensorScalars, distribute
-from .state import WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
+from .state import MOMENTS, WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
 from .step import Location, StepInputs, TensorWork, moved
 
 # Bytes of an array of a block. On the CPU all of them, about a dozen, are to stay in the last cache; a GPU wants few,
@@ -37,9 +37,7 @@ class _Block:
     rows: slice
     params: list[Tensor]
     grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]  # empty without amsgrad
+    moments: list[list[Tensor]]  # m, v, and v's running maximum if there is one
     paths: list[Tensor]
     sample: Sample
 
@@ -135,12 +133,13 @@ class TorchBucket:
     def _blocks(self, sampled: bool) -> Iterator[list[_Block]]:
         """The blocks of each unit; `sampled`: sized by the elements that have a path."""
         limit = _BLOCK_BYTES.get(self.device.type, _BLOCK_BYTES_ELSEWHERE) // self._dtype.itemsize
+        names = MOMENTS[: 3 if self.options.amsgrad else 2]
         start = 0
         for unit in self._units:
             if len(unit) == 1:
-                yield list(_pieces(unit[0], start, limit, sampled, self.options.amsgrad))
+                yield list(_pieces(unit[0], start, limit, sampled, names))
             else:
-                yield list(_stacks(unit, start, limit, self.options.amsgrad))
+                yield list(_stacks(unit, start, limit, names))
             start += len(unit)
 
     def _load(self, pieces: list[Tensor], sample: Sample = WHOLE, copy: bool = False) -> Tensor:
@@ -178,11 +177,6 @@ class TorchBucket:
             grad = grad.add(self._load(block.params, sample), alpha=options.weight_decay)
         return grad
 
-    def _moments(self, block: _Block, sample: Sample) -> list[Tensor]:
-        """m, v, and v's running maximum if there is one."""
-        pieces = block.exp_avgs, block.exp_avg_sqs, *([block.max_exp_avg_sqs] if block.max_exp_avg_sqs else [])
-        return [self._load(each, sample) for each in pieces]
-
     def _new_moments(self, moments: list[Tensor], grad: Tensor, in_place: bool) -> list[Tensor]:
         m, v, *maximum = moments
         beta1, beta2 = self.options.beta1, self.options.beta2
@@ -205,7 +199,7 @@ class TorchBucket:
         sample, options = block.sample, self.options
         inverse_bias1, root_bias2, walk_moment_sq = coefficients.of(block.rows)
         grad = self._gradient(block, sample)
-        moments_before = self._moments(block, sample)
+        moments_before = [self._load(pieces, sample) for pieces in block.moments]
         moments = self._new_moments(moments_before, grad, in_place=False)
         m, second, m_before, second_before = moments[0], moments[-1], moments_before[0], moments_before[-1]
         del moments  # under amsgrad one more than is needed
@@ -264,14 +258,14 @@ class TorchBucket:
     # --- update ---
 
     def _update_block(self, block: _Block, coefficients: _Coefficients) -> None:
-        grad, moments = self._gradient(block, WHOLE), self._moments(block, WHOLE)
+        grad, moments = self._gradient(block, WHOLE), [self._load(pieces) for pieces in block.moments]
         numbers = coefficients.of(block.rows)
         has_memory = not tensors.is_wrapper(block.params[0]) and not grad._is_zerotensor()
         if self._undo is None and isinstance(numbers[-1], float) and has_memory:
             moments = self._fused_update(block, grad, moments, numbers[-1])
         else:
             moments = self._composed_update(block, grad, moments, *numbers)
-        for values, pieces in zip(moments, (block.exp_avgs, block.exp_avg_sqs, block.max_exp_avg_sqs), strict=False):
+        for values, pieces in zip(moments, block.moments, strict=True):
             self._store(values, pieces, self._undo)
 
     def _fused_update(self, block: _Block, grad: Tensor, moments: list[Tensor], rate: float) -> list[Tensor]:
@@ -360,21 +354,19 @@ def _units_of(works: Sequence[TensorWork]) -> list[list[TensorWork]]:
 _PLAIN = (torch.nn.Parameter, Tensor)
 
 
-def _stacks(unit: list[TensorWork], start: int, limit: int, amsgrad: bool) -> Iterator[_Block]:
+def _stacks(unit: list[TensorWork], start: int, limit: int, names: Sequence[str]) -> Iterator[_Block]:
     count = max(1, limit // max(1, unit[0].param.numel()))
     for first in range(0, len(unit), count):
         works = unit[first : first + count]
-        columns = [[work.state[name] for work in works] for name in ("exp_avg", "exp_avg_sq", "path")]
-        maxima = [work.state["max_exp_avg_sq"] for work in works] if amsgrad else []
-        params, grads = [work.param for work in works], [work.grad for work in works]
         rows = slice(start + first, start + first + len(works))
-        yield _Block(rows, params, grads, columns[0], columns[1], maxima, columns[2], WHOLE)
+        params, grads = [work.param for work in works], [work.grad for work in works]
+        *moments, paths = [[work.state[name] for work in works] for name in (*names, "path")]
+        yield _Block(rows, params, grads, moments, paths, WHOLE)
 
 
-def _pieces(work: TensorWork, row: int, limit: int, sampled: bool, amsgrad: bool) -> Iterator[_Block]:
+def _pieces(work: TensorWork, row: int, limit: int, sampled: bool, names: Sequence[str]) -> Iterator[_Block]:
     """Cut a tensor into views: flat ones where all of its tensors lie in memory alike, else along the outermost
     dimension of the moments."""
-    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
     views = [work.param.detach(), work.grad.detach(), *(work.state[name] for name in names)]
     path = work.state["path"]
     sample = sample_of_path(work.param, path) or WHOLE
@@ -401,13 +393,11 @@ def _pieces(work: TensorWork, row: int, limit: int, sampled: bool, amsgrad: bool
     for first in range(0, max(size, 1), step):
         count = min(step, size - first)
         pieces = views if count == size else [view.narrow(0, first, count) for view in views]
-        if sample == WHOLE:
-            path_piece = pieces[-1]
-        else:
+        if sample != WHOLE:
             scale = per_row * sample.kept
-            path_piece = path.narrow(0, first * scale // sample.run, count * scale // sample.run)
-        maxima = [pieces[4]] if amsgrad else []
-        yield _Block(rows, [pieces[0]], [pieces[1]], [pieces[2]], [pieces[3]], maxima, [path_piece], sample)
+            pieces = [*pieces, path.narrow(0, first * scale // sample.run, count * scale // sample.run)]
+        params, grads, *moments, paths = [[piece] for piece in pieces]
+        yield _Block(rows, params, grads, moments, paths, sample)
 
 
 def buckets_of(works: Sequence[TensorWork], inputs: StepInputs) -> list[TorchBucket]:
