@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, ClassVar, overload
 
@@ -160,23 +160,25 @@ class AdamClara(Constructor, Optimizer):
     def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
         """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
         if self.fused is False or loading.core_or_warning() is None:
-            return torch_backend.buckets_of(list(self._prepare(inputs, None).values()), inputs)
+            works = self._prepare(inputs, placement.located(self.param_groups))
+            return torch_backend.buckets_of(list(works.values()), inputs)
         scales = self._shared_scales() if self.one_scale else None
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs, scales)
         if not irregular:
             return buckets
-        works = self._prepare(inputs, irregular)
+        located = [(at, self.param_groups[at.group_index]["params"][at.param_index]) for at in irregular]
+        works = self._prepare(inputs, located)
         scales = self._shared_scales() if self.one_scale else None
         buckets, irregular = self._core.gather(self.param_groups, self.state, inputs, scales)  # what lacked its state
         if irregular and self.fused:
             raise RuntimeError(_irregular(irregular[0], works[irregular[0]].param))
         return [*buckets, *torch_backend.buckets_of([works[location] for location in irregular], inputs)]
 
-    def _prepare(self, inputs: StepInputs, locations: Iterable[Location] | None) -> dict[Location, TensorWork]:
-        """Check tensors (None: all) that have a gradient; only then create or complete their state."""
+    def _prepare(self, inputs: StepInputs, located: Iterable[tuple[Location, Tensor]]) -> dict[Location, TensorWork]:
+        """Check those of some parameters that have a gradient; only then create or complete their state."""
         works: dict[Location, TensorWork] = {}
         to_complete: list[Location] = []
-        for location, param in self._located(locations):
+        for location, param in located:
             grad = param.grad
             if grad is None:
                 continue
@@ -209,13 +211,8 @@ class AdamClara(Constructor, Optimizer):
         self._gradients_are_placed = True
         return {location: dtensors.local_work(*work) for location, work in works.items()}
 
-    def _located(self, locations: Iterable[Location] | None) -> Iterator[tuple[Location, Tensor]]:
-        if locations is None:
-            return placement.located(self.param_groups)
-        return ((each, self.param_groups[each.group_index]["params"][each.param_index]) for each in locations)
-
     def _refuse_shared_memory(self) -> None:
-        found = [(location, param) for location, param in self._located(None) if param.grad is not None]
+        found = [(at, param) for at, param in placement.located(self.param_groups) if param.grad is not None]
         for index in tensors.overlapping([param for _, param in found]):
             raise RuntimeError(_irregular(*found[index]))
 
@@ -261,6 +258,8 @@ class AdamClara(Constructor, Optimizer):
         groups = list(range(len(self.param_groups))) if self.one_scale else [group_index]
         if self._ranks is not None:
             size = self._ranks.size(groups)
+        elif placement.needs_sums(self.param_groups, self.process_group):
+            return 1.0  # `lr_scales` before the first step: only the other ranks know
         else:
             params = [param for index in groups for param in self.param_groups[index]["params"]]
             size = state.size_of(list(filter(state.is_trained, params)) or params)
@@ -296,15 +295,10 @@ class AdamClara(Constructor, Optimizer):
         devices = [param.device for param in params]
         device = next((each for each in devices if each.type != "meta"), (*devices, torch.device("cpu"))[0])
         scales = []
-        initial: float | Tensor | None = None
         for param in params:
             scale = self.state.get(param, {}).get("lr_scale")
             if scale is None:
-                if initial is None:
-                    initial = 1.0
-                    if self._ranks is not None or not placement.needs_sums(self.param_groups, self.process_group):
-                        initial = initial_scale()
-                scale = initial
+                scale = initial_scale()
             if not isinstance(scale, Tensor):
                 scale = torch.full((), scale, dtype=torch.float32, device=device)
             scales.append(moved(scale, device))

@@ -153,6 +153,20 @@ def test_rank_without_state_learns_the_one_scale_after_loading(world2: World) ->
     assert scales == [scales[0]] * 4
 
 
+def scales_before_the_first_step(variant: str) -> list[float]:
+    param = nn.Parameter(torch.ones(3))
+    optimizers = [
+        VARIANTS[variant]([param], lr=1.0, initial_scale=initial, process_group=dist.group.WORLD)
+        for initial in (0.25, "cautious")
+    ]
+    return [optimizer.lr_scales()[0].item() for optimizer in optimizers]
+
+
+def test_scales_before_the_first_step_ask_no_other_rank(world2: World, variant: str) -> None:
+    """A number is known; how large the parameters are only all ranks together know."""
+    assert world2.run(scales_before_the_first_step, variant) == [[0.25, 1.0]] * 2
+
+
 def group_that_only_one_rank_needs() -> list[float]:
     """DTensors on both ranks, and under `process_group` a plain parameter on rank 1 alone, first in its list."""
     mesh = init_device_mesh("cpu", (2,))
