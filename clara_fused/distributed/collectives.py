@@ -94,16 +94,10 @@ class Collective:
         """Begin to sum `numbers` in place; `wait()` on what is returned."""
         return torch.distributed.all_reduce(numbers, group=self.group, async_op=True)
 
-    def sum_of(self, numbers: Tensor) -> Tensor:
-        """The ranks' sum; waits for it."""
-        sent = numbers.to(self.device, copy=True)
-        torch.distributed.all_reduce(sent, group=self.group)
-        return sent.to(numbers.device)
-
-    def largest_of(self, numbers: Tensor) -> Tensor:
-        """Element by element the largest of the ranks' numbers."""
+    def reduced(self, numbers: Tensor, operation: str) -> Tensor:
+        """Element by element the "SUM" or "MAX" of the ranks' numbers, on `device`."""
         sent = moved(numbers, self.device).clone()
-        torch.distributed.all_reduce(sent, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        torch.distributed.all_reduce(sent, op=getattr(torch.distributed.ReduceOp, operation), group=self.group)
         return sent
 
 

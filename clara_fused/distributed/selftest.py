@@ -127,13 +127,11 @@ def _compare(layout: _Layout, variant: type[AdamClara], device: torch.device, st
 
 def run_on_this_rank(steps: int) -> bool:
     """Run all comparisons in the world torchrun has made; rank 0 prints. Returns whether everything agreed."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device_type, int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
         with warnings.catch_warnings():
             # PyTorch's warning that FSDP2 and tensor parallelism together return views does not concern this model.

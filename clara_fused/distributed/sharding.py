@@ -146,16 +146,16 @@ class RankSums:
             for member in collective.members:
                 del alone[member.location]
             weighted = [(m.location, m.param, collective.weight(m)) for m in collective.members]
-            sizes += collective.sum_of(_sizes_here(groups, weighted))
+            sizes += collective.reduced(_sizes_here(groups, weighted), "SUM").cpu()
         rest = _sizes_here(groups, [(location, param, self._share_alone) for location, param in alone.items()])
-        return sizes + (rest if self._total is None else self._total.sum_of(rest))
+        return sizes + (rest if self._total is None else self._total.reduced(rest, "SUM").cpu())
 
     def learn_missing_state(self) -> None:
         """Create the state that others have and this rank has not (FSDP1 loads none for empty shards)."""
         for collective in self._collectives:
             known = [self._state_of(member.location) for member in collective.members]
             rows = [[float(entry[name]) if entry else -math.inf for name in SCALARS] for entry in known]
-            largest = collective.largest_of(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
+            largest = collective.reduced(torch.tensor(rows, dtype=torch.float64, device="cpu"), "MAX").tolist()
             for member, entry, values in zip(collective.members, known, largest, strict=True):
                 if not entry and values[0] > 0.0 and member.param.requires_grad:
                     entry = self._create_state(member.location)
@@ -164,7 +164,7 @@ class RankSums:
         if self._total is not None:
             entry = self._any_state()
             own = torch.tensor(float(entry["lr_scale"]) if entry else 0.0, dtype=torch.float64, device="cpu")
-            scale = self._total.largest_of(own).item()
+            scale = self._total.reduced(own, "MAX").item()
             if scale > 0.0 and (entry := entry or self._keep_one_scale()):
                 entry["lr_scale"].fill_(scale)
 
@@ -209,7 +209,7 @@ class RankSums:
 
     def _overflow_of_all_ranks(self, found_inf: Tensor) -> Tensor:
         for collective in self._all_collectives:
-            found_inf = collective.largest_of(found_inf.to(torch.float32))
+            found_inf = collective.reduced(found_inf.to(torch.float32), "MAX")
         self._overflow_is_known = True
         return found_inf
 
