@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,16 +75,10 @@ def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | N
         return None
     if device.type != "cuda":
         return f"the compiled core has no kernels for {device.type} devices; use fused=None or fused=False"
-    problem = _cuda_problem(device.index or 0)
+    problem = core.cuda_problem(device.index or 0)
     if not problem and param_dtype == torch.float64:
         return "the CUDA kernels do not serve float64 parameters; use fused=None or fused=False"
     return problem or None
-
-
-@cache
-def _cuda_problem(index: int) -> str:
-    problem: str = core_or_warning().cuda_problem(index)
-    return problem
 
 
 def require(param: Tensor, grad: Tensor, group_index: int, param_index: int) -> None:

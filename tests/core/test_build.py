@@ -474,7 +474,7 @@ def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fresh_core_status() -> Iterator[None]:
     """What the process found out about its core is found out again, before and after the test."""
-    caches = (loading.load, loading.core_or_warning, loading._cuda_problem)
+    caches = (loading.load, loading.core_or_warning)
     for cached in caches:
         cached.cache_clear()
     yield
