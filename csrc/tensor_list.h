@@ -44,7 +44,7 @@ struct TensorRecord {
   int64_t numel;              // of this rank's part
   int64_t first_chunk;        // of update, in the list
   int64_t first_path_chunk;   // of measure, in the list
-  int32_t group;              // index into the list's GroupOptions
+  int64_t group;              // index into the list's GroupOptions
   int32_t run, kept;          // see Note [Sampled path]
 };
 

@@ -12,19 +12,6 @@ namespace clara::cuda {
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 
-struct Sum {
-  template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Maximum {
-  template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 // Combines the columns over all threads of the block, in the same order every time, and gives every thread the results.
 // All threads must take part.
 template <typename T, int kColumns, typename Combine>

@@ -3,12 +3,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstddef>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
-#include "element_launch.h"
 #include "launch.h"
 #include "launch_arguments.h"
 #include "scalar_kernels.cuh"
@@ -16,8 +13,6 @@
 
 namespace clara::cuda {
 namespace {
-
-constexpr int64_t aligned_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Cutting a list into launches; see Note [Launch arguments]
@@ -28,8 +23,7 @@ enum class Work { kChunks, kPathChunks, kTensors };
 
 // Consecutive tensors of a list, and the groups they refer to.
 struct Run {
-  int64_t first_tensor, last_tensor;
-  int32_t first_group, last_group;
+  int64_t first_tensor, last_tensor, first_group, last_group;
 
   int64_t payload_bytes(Work work) const {
     const int64_t grads = work == Work::kTensors ? 0 : last_tensor - first_tensor;
@@ -40,11 +34,11 @@ struct Run {
 
 // The longest run from `first` on that one launch can take.
 Run longest_run(const TensorList& list, int64_t first, Work work) {
-  const Run all = {first, list.count, 0, static_cast<int32_t>(list.group_count)};
+  const Run all = {first, list.count, 0, list.group_count};
   if (all.payload_bytes(work) <= LargeArguments::kPayloadBytes) return all;
   Run run = {first, first, list.tensors[first].group, list.tensors[first].group};
   while (run.last_tensor < list.count) {
-    const int32_t group = list.tensors[run.last_tensor].group;
+    const int64_t group = list.tensors[run.last_tensor].group;
     const Run longer = {first, run.last_tensor + 1, group < run.first_group ? group : run.first_group,
                         group >= run.last_group ? group + 1 : run.last_group};
     if (longer.payload_bytes(work) > LargeArguments::kPayloadBytes) break;
@@ -105,29 +99,23 @@ void for_each_launch(const TensorList& list, const Placement& where, Work work, 
   }
 }
 
-// Calls call(a value of the type that parameters are stored in).
-template <typename Call>
-void with_param_type(const TensorList& list, Call call) {
-  if (supports(list.param_dtype, list.grad_dtype)) {
-    switch (list.param_dtype) {
-      case DType::kFloat32: return call(float{});
-      case DType::kBFloat16: return call(BFloat16{});
-      case DType::kFloat16: return call(Float16{});
-      case DType::kFloat64: break;
-    }
-  }
-  throw std::invalid_argument("clara_fused: the CUDA kernels do not serve these storage types");
-}
-
 // ---------------------------------------------------------------------------------------------------------------
 // The verbs, with the device current
 // ---------------------------------------------------------------------------------------------------------------
 
-void enqueue_measure(const TensorList& list, const Placement& where) {
-  with_param_type(list, [&](auto param) {
-    for_each_launch(list, where, Work::kPathChunks, [&](const auto& arguments) {
-      launch_measure<decltype(param)>(list.grad_dtype, where, arguments);
-    });
+// Measure for chunks of the path, update for the others.
+void enqueue_elements(const TensorList& list, const Placement& where, Work work) {
+  if (!supports(list.param_dtype, list.grad_dtype)) {
+    throw std::invalid_argument("clara_fused: the CUDA kernels do not serve these storage types");
+  }
+  const bool measure = work == Work::kPathChunks;
+  for_each_launch(list, where, work, [&](const auto& arguments) {
+    switch (list.param_dtype) {
+      case DType::kFloat32: return launch_elements<float>(measure, list.grad_dtype, where, arguments);
+      case DType::kBFloat16: return launch_elements<BFloat16>(measure, list.grad_dtype, where, arguments);
+      case DType::kFloat16: return launch_elements<Float16>(measure, list.grad_dtype, where, arguments);
+      case DType::kFloat64: return;  // refused above
+    }
   });
 }
 
@@ -140,16 +128,6 @@ void enqueue_reduce(const TensorList& list, const Placement& where, PathSums* su
     launch(name, reduce_kernel<Arguments>, arguments.count, where, arguments);
   });
 }
-
-void enqueue_update(const TensorList& list, const Placement& where) {
-  with_param_type(list, [&](auto param) {
-    for_each_launch(list, where, Work::kChunks, [&](const auto& arguments) {
-      launch_update<decltype(param)>(list.grad_dtype, where, arguments);
-    });
-  });
-}
-
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
 }  // namespace
 
@@ -195,7 +173,7 @@ Layout layout(const TensorList& list) {
   int64_t end = 0;
   const auto place = [&end](int64_t rows, size_t row_bytes) {
     const int64_t start = end;
-    end = aligned_up(end + rows * static_cast<int64_t>(row_bytes));
+    end = chunks_of(end + rows * static_cast<int64_t>(row_bytes), 256) * 256;  // rounded up
     return start;
   };
   offsets.tensors = place(list.count, sizeof(TensorRecord));
@@ -223,17 +201,14 @@ void write_table(const TensorList& list, void* host_memory) {
 }
 
 bool is_table_of(const TensorList& list, const void* host_memory) {
-  // The rest of a table follows from its records. What lies behind their last member is padding.
-  constexpr size_t kBytes = offsetof(TensorRecord, kept) + sizeof(TensorRecord::kept);
-  const char* row = static_cast<const char*>(host_memory);
-  return std::all_of(list.tensors, list.tensors + list.count, [&row](const TensorRecord& tensor) {
-    return std::memcmp(&tensor, std::exchange(row, row + sizeof(TensorRecord)), kBytes) == 0;
-  });
+  // The rest of a table follows from its records.
+  static_assert(std::has_unique_object_representations_v<TensorRecord>, "padding would be compared too");
+  return std::memcmp(list.tensors, host_memory, static_cast<size_t>(list.count) * sizeof(TensorRecord)) == 0;
 }
 
 void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   const DeviceGuard guard(where.device);
-  enqueue_measure(list, where);
+  enqueue_elements(list, where, Work::kPathChunks);
   enqueue_reduce(list, where, sums, After::kNothing);
 }
 
@@ -243,7 +218,7 @@ void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, c
     arguments.sums = const_cast<PathSums*>(sums);  // this kernel only reads them
     arguments.evidence = evidence;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch("advance", advance_kernel<Arguments>, blocks_for(arguments.count), where, arguments);
+    launch("advance", advance_kernel<Arguments>, chunks_of(arguments.count, kThreads), where, arguments);
   });
 }
 
@@ -254,20 +229,21 @@ void rescale(const TensorList& list, const Evidence* evidence, const Placement& 
     arguments.evidence = const_cast<Evidence*>(evidence);  // this kernel only reads it
     arguments.after = list.one_scale ? After::kRescaleAll : After::kRescaleOwn;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch("rescale", rescale_kernel<Arguments>, list.one_scale ? 1 : blocks_for(arguments.count), where, arguments);
+    const int64_t blocks = list.one_scale ? 1 : chunks_of(arguments.count, kThreads);
+    launch("rescale", rescale_kernel<Arguments>, blocks, where, arguments);
   });
 }
 
 void update(const TensorList& list, const Placement& where) {
   const DeviceGuard guard(where.device);
-  enqueue_update(list, where);
+  enqueue_elements(list, where, Work::kChunks);
 }
 
 void step(const TensorList& list, const Placement& where) {
   const DeviceGuard guard(where.device);
-  enqueue_measure(list, where);
+  enqueue_elements(list, where, Work::kPathChunks);
   enqueue_reduce(list, where, nullptr, list.one_scale ? After::kRescaleAll : After::kRescaleOwn);
-  enqueue_update(list, where);
+  enqueue_elements(list, where, Work::kChunks);
 }
 
 }  // namespace clara::cuda

@@ -7,25 +7,14 @@
 #include <cstdint>
 
 #include "block.cuh"
-#include "element_launch.h"
+#include "launch.h"
+#include "launch_arguments.h"
 #include "storage.cuh"
 
 namespace clara::cuda {
 
 static_assert(kChunk % (kThreads * kVector) == 0 && kPathChunk % (kThreads * kVector) == 0,
               "a full chunk keeps all threads busy to its end");
-
-// The tensor that a block works on. A copy of its record: all of it is on its way before any of it is needed.
-struct TensorOfChunk {
-  int64_t index;  // in the list
-  TensorRecord record;
-};
-
-template <typename Arguments>
-__device__ __forceinline__ TensorOfChunk tensor_of(const Arguments& arguments, int64_t chunk) {
-  const int64_t index = arguments.tensor_of_chunk[chunk];
-  return {index, arguments.tensors[index]};
-}
 
 __device__ __forceinline__ int count_in_chunk(int64_t numel, int64_t first, int64_t chunk) {
   const int64_t left = numel - first;
@@ -74,11 +63,9 @@ struct Streams {
   }
 };
 
-template <typename P, typename G, typename Arguments>
-__device__ __forceinline__ Streams<P, G> streams_of(const Arguments& arguments, const TensorOfChunk& tensor,
-                                                    int64_t first) {
-  const TensorRecord& record = tensor.record;
-  return {stream_at<P>(record.param, first), stream_at<G>(arguments.grad(tensor.index), first),
+template <typename P, typename G>
+__device__ __forceinline__ Streams<P, G> streams_of(const TensorRecord& record, const void* grad, int64_t first) {
+  return {stream_at<P>(record.param, first), stream_at<G>(grad, first),
           stream_at<float>(record.exp_avg, first), stream_at<float>(record.exp_avg_sq, first),
           stream_at<float>(record.max_exp_avg_sq, first)};
 }
@@ -174,8 +161,8 @@ template <typename P, typename G, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
   const int64_t chunk = arguments.first_chunk + arguments.chunk_count - 1 - blockIdx.x;
-  const TensorOfChunk tensor = tensor_of(arguments, chunk);
-  const TensorRecord& record = tensor.record;
+  const int64_t tensor = arguments.tensor_of_chunk[chunk];
+  const TensorRecord record = arguments.tensors[tensor];  // a copy: all is on its way before any of it is needed
 
   const Sample sample = {log2_of(record.run), log2_of(record.kept)};
   const int64_t first = (chunk - record.first_path_chunk) * kPathChunk;
@@ -184,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
   __shared__ Streams<P, G> streams;
   __shared__ Stream<float> path;
   if (threadIdx.x == 0) {
-    streams = streams_of<P, G>(arguments, tensor, sample.first_element(first));
+    streams = streams_of<P, G>(record, arguments.grad(tensor), sample.first_element(first));
     path = stream_at<float>(record.path, first);
     with = measure_coefficients<float>(arguments.group(record), *record.step + 1.0f, arguments.grad_scale,
                                        walk_of(record).moment_sq);
@@ -202,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kMeasureBlocks) measure_kernel(const
     }
   }
 
-  block_reduce(sums.columns, Sum{});
+  block_reduce(sums.columns, [](auto a, auto b) { return a + b; });
   if (threadIdx.x == 0) arguments.partial_sums[chunk] = sums;
 }
 
@@ -231,14 +218,14 @@ template <typename P, typename G, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
   const int64_t chunk = arguments.first_chunk + blockIdx.x;
-  const TensorOfChunk tensor = tensor_of(arguments, chunk);
-  const TensorRecord& record = tensor.record;
+  const int64_t tensor = arguments.tensor_of_chunk[chunk];
+  const TensorRecord record = arguments.tensors[tensor];  // a copy, as in measure
 
   const int64_t first = (chunk - record.first_chunk) * kChunk;
   __shared__ UpdateCoefficients<float> with;
   __shared__ Streams<P, G> streams;
   if (threadIdx.x == 0) {
-    streams = streams_of<P, G>(arguments, tensor, first);
+    streams = streams_of<P, G>(record, arguments.grad(tensor), first);
     with = update_coefficients<float>(arguments.group(record), *record.step, arguments.grad_scale, *record.lr_scale);
   }
   __syncthreads();
@@ -252,21 +239,15 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks) update_kernel(const A
 // ---------------------------------------------------------------------------------------------------------------
 
 template <typename P, typename Arguments>
-void launch_measure(DType grad, const Placement& where, const Arguments& arguments) {
-  const auto kernel = grad == DType::kFloat32 ? measure_kernel<P, float, Arguments> : measure_kernel<P, P, Arguments>;
-  launch("measure", kernel, arguments.chunk_count, where, arguments);
-}
-
-template <typename P, typename Arguments>
-void launch_update(DType grad, const Placement& where, const Arguments& arguments) {
-  const auto kernel = grad == DType::kFloat32 ? update_kernel<P, float, Arguments> : update_kernel<P, P, Arguments>;
-  launch("update", kernel, arguments.chunk_count, where, arguments);
+void launch_elements(bool measure, DType grad, const Placement& where, const Arguments& arguments) {
+  const bool wide = grad == DType::kFloat32;
+  const auto measuring = wide ? measure_kernel<P, float, Arguments> : measure_kernel<P, P, Arguments>;
+  const auto updating = wide ? update_kernel<P, float, Arguments> : update_kernel<P, P, Arguments>;
+  launch(measure ? "measure" : "update", measure ? measuring : updating, arguments.chunk_count, where, arguments);
 }
 
 #define CLARA_INSTANTIATE_ELEMENT_KERNELS(P)                                              \
-  template void launch_measure<P>(DType, const Placement&, const SmallArguments&);        \
-  template void launch_measure<P>(DType, const Placement&, const LargeArguments&);        \
-  template void launch_update<P>(DType, const Placement&, const SmallArguments&);         \
-  template void launch_update<P>(DType, const Placement&, const LargeArguments&)
+  template void launch_elements<P>(bool, DType, const Placement&, const SmallArguments&); \
+  template void launch_elements<P>(bool, DType, const Placement&, const LargeArguments&)
 
 }  // namespace clara::cuda

@@ -49,4 +49,9 @@ void launch(const char* name, Kernel* kernel, int64_t blocks, const Placement& w
         kernel_name.c_str(), where.device);
 }
 
+// Enqueues measure or update for the chunks of `arguments`. P: storage of the parameters; each has its own translation
+// unit, so that they compile in parallel.
+template <typename P, typename Arguments>
+void launch_elements(bool measure, DType grad, const Placement& where, const Arguments& arguments);
+
 }  // namespace clara::cuda

@@ -39,7 +39,7 @@ struct LaunchArguments {
   // This launch's part of the list.
   int64_t first_tensor, count;
   int64_t first_chunk, chunk_count;
-  int32_t first_group;
+  int64_t first_group;
   int32_t groups_offset;
   After after;
 

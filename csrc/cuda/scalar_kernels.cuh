@@ -16,6 +16,7 @@ __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_
   const auto value = [&](int64_t tensor, int column) {
     return __ldcg(reinterpret_cast<const double*>(evidence + tensor) + column);
   };
+  const auto maximum = [](auto a, auto b) { return a > b ? a : b; };
   double largest[kEvidence] = {};
   int not_finite[kEvidence] = {};
   for (int64_t tensor = threadIdx.x; tensor < count; tensor += kThreads) {
@@ -23,11 +24,11 @@ __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_
     for (int column = 0; column < kEvidence; ++column) {
       const double magnitude = std::fabs(value(tensor, column));
       if (!is_finite(magnitude)) not_finite[column] = 1;
-      largest[column] = Maximum{}(magnitude, largest[column]);
+      largest[column] = maximum(magnitude, largest[column]);
     }
   }
-  block_reduce(not_finite, Maximum{});
-  block_reduce(largest, Maximum{});  // last: in the other order ptxas spills a register (sm_120, CUDA 13.0)
+  block_reduce(not_finite, maximum);
+  block_reduce(largest, maximum);  // last: in the other order ptxas spills a register (sm_120, CUDA 13.0)
   double scale[kEvidence];
 #pragma unroll
   for (int column = 0; column < kEvidence; ++column) scale[column] = fixed_point_scale(largest[column], count);
@@ -39,7 +40,7 @@ __device__ __forceinline__ Evidence block_total(const Evidence* evidence, int64_
       if (!not_finite[column]) totals[column] += to_fixed_point(value(tensor, column), scale[column]);
     }
   }
-  block_reduce(totals, Sum{});
+  block_reduce(totals, [](auto a, auto b) { return a + b; });
   double total[kEvidence];
 #pragma unroll
   for (int column = 0; column < kEvidence; ++column) {
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   ElementSums<double> total{};
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < path_chunks; i += kThreads) add(total, partial_sums[i]);
-  block_reduce(total.columns, Sum{});
+  block_reduce(total.columns, [](auto a, auto b) { return a + b; });
 
   if (threadIdx.x == 0) {
     const PathSums sums = sums_of_all(record, total);

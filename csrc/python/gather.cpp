@@ -401,7 +401,7 @@ class Gatherer {
     TensorRecord& record = c->record;
     record.param = param.data;
     record.numel = param.numel;
-    record.group = static_cast<int32_t>(c->location.first);
+    record.group = c->location.first;
     const Names& n = names();
     for (int i = 0; i < kWalkScalars; ++i) {
       if (!read_scalar(values, n.walk[i], param, &record.walk[i])) return false;
