@@ -50,6 +50,20 @@ struct Streams {
   }
 };
 
+// Not inlined: together with what makes their coefficients, the compiler would contract one copy of a loop otherwise than
+// another, and the last bits would depend on where an element lies.
+template <typename T>
+[[gnu::noinline]] MeasureCoefficients<T> coefficients_of_measure(const TensorList& list, const TensorRecord& tensor) {
+  return measure_coefficients<T>(list.groups[tensor.group], static_cast<T>(*tensor.step) + T(1), list.grad_scale,
+                                 walk_of(tensor).moment_sq);
+}
+
+template <typename T>
+[[gnu::noinline]] UpdateCoefficients<T> coefficients_of_update(const TensorList& list, const TensorRecord& tensor) {
+  return update_coefficients<T>(list.groups[tensor.group], static_cast<T>(*tensor.step), list.grad_scale,
+                                *tensor.lr_scale);
+}
+
 // Elements that do not fill a vector, or do not lie side by side, go through copies of a whole vector: every element
 // meets the same instructions wherever it lies. Lanes without an element hold zeros.
 template <typename T, typename Storage>
@@ -177,8 +191,7 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
 template <typename T, typename Param, typename Grad>
 ElementSums<double> measure_chunk(const TensorList& list, int64_t tensor, int64_t chunk) {
   const TensorRecord& record = list.tensors[tensor];
-  const auto c = measure_coefficients<T>(list.groups[record.group], static_cast<T>(*record.step) + T(1),
-                                         list.grad_scale, walk_of(record).moment_sq);
+  const MeasureCoefficients<T> c = coefficients_of_measure<T>(list, record);
   const int64_t path_first = chunk * kPathChunk, count = std::min(kPathChunk, path_numel(record) - path_first);
   const int64_t first = path_first / record.kept * record.run;  // a chunk starts where a piece does
   const Streams<T, Param, Grad> s(record, list.grads[tensor], first, path_first);
@@ -233,8 +246,7 @@ template <typename T, typename Param, typename Grad>
 void update_chunk(const TensorList& list, int64_t tensor, int64_t chunk) {
   constexpr int64_t kLine = kElementsPerLine<T>;
   const TensorRecord& record = list.tensors[tensor];
-  const auto c = update_coefficients<T>(list.groups[record.group], static_cast<T>(*record.step), list.grad_scale,
-                                        *record.lr_scale);
+  const UpdateCoefficients<T> c = coefficients_of_update<T>(list, record);
   const int64_t first = chunk * kChunk, count = std::min(kChunk, record.numel - first);
   const Streams<T, Param, Grad> s(record, list.grads[tensor], first, 0);
   int64_t i = 0;
