@@ -72,13 +72,13 @@ endef
 ACTIONLINT = if [ -x $(BIN)/actionlint ]; then echo $(BIN)/actionlint; $(BIN)/actionlint; fi
 
 define TEST_PROCESSORS
-	@echo "== the fast tests, as on another kind of processor (four minutes)"
+	@echo "== the fast tests, as on another kind of processor (three minutes)"
 	$(BIN)/python tests/processors.py tests/optimizer tests/core
 endef
 
 test: $(VENV)/.ready-test
 	$(LINT)
-	@echo "== all tests (half an hour on two cores)"
+	@echo "== all tests (twenty minutes on two cores)"
 	$(BIN)/python -m pytest --cov -n auto --dist loadgroup $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(TEST_PROCESSORS))
 

@@ -13,11 +13,9 @@ from study import noise
 
 pytestmark = pytest.mark.no_cover  # a hundred thousand steps of one kind: to trace their lines tells nothing new
 
-LONG = ("betas", "large", "rare")
 # The back end in plain PyTorch takes a third of them; it is compared with the same formulas as the core at every step
 # of other tests.
 STEPS = {True: noise.STEPS, False: noise.STEPS // 3}
-EACH_FAMILY = [pytest.param(family, marks=pytest.mark.slow if family in LONG else ()) for family in noise.FAMILIES]
 
 
 def assert_all_hold(outcomes: list[noise.Outcome]) -> None:
@@ -25,7 +23,8 @@ def assert_all_hold(outcomes: list[noise.Outcome]) -> None:
     assert not failed, "\n".join(["final scales:", *failed])
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", noise.FAMILIES)
 def test_scales_stay_on_noise(family: str, variant: str, fused: bool) -> None:
     """Version 1 ended at 0.0006 for an embedding table, at 1.5e8 for an expert, at 1e-8 for a scalar."""
     cases = [case for case in noise.conditions() if case.family == family]
