@@ -61,5 +61,6 @@ def gather(
 
 def supports(on_cuda: bool, param: int, grad: int) -> bool:
     """Dtypes by their place in tensors.SUPPORTED_DTYPES."""
+
 def build_info() -> BuildInfo: ...
 def cuda_problem(device: int) -> str: ...
