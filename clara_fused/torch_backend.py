@@ -260,7 +260,7 @@ class TorchBucket:
     def _update_block(self, block: _Block, coefficients: _Coefficients) -> None:
         grad, moments = self._gradient(block, WHOLE), [self._load(pieces) for pieces in block.moments]
         numbers = coefficients.of(block.rows)
-        has_memory = not tensors.is_wrapper(block.params[0]) and not grad._is_zerotensor()
+        has_memory = not any(map(tensors.is_wrapper, (block.params[0], grad))) and not grad._is_zerotensor()
         if self._undo is None and isinstance(numbers[-1], float) and has_memory:
             moments = self._fused_update(block, grad, moments, numbers[-1])
         else:
@@ -345,8 +345,8 @@ def _units_of(works: Sequence[TensorWork]) -> list[list[TensorWork]]:
     units: dict[Any, list[TensorWork]] = {}
     for index, work in enumerate(works):
         param, path = work.param, work.state["path"]
-        stackable = param.numel() <= _SMALL and path.shape == param.shape and type(param) in _PLAIN
-        key = param.shape if stackable and type(work.grad) in _PLAIN else index
+        plain = type(param) in _PLAIN and type(work.grad) in _PLAIN and not param.is_neg()
+        key = param.shape if plain and param.numel() <= _SMALL and path.shape == param.shape else index
         units.setdefault(key, []).append(work)
     return list(units.values())
 

@@ -367,6 +367,47 @@ def test_weights_without_foreach(fused: bool | None, shape: tuple[int, ...], var
         torch.testing.assert_close(odd[0], plain[0], rtol=1e-6, atol=1e-6)
 
 
+class Wrapped(Quantized):
+    """Stays what it is in views of it, and sees itself among arguments, not in lists of them."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*(each.inner if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+        return cls(result) if isinstance(result, torch.Tensor) else result
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["any", "torch"])
+def test_gradients_without_foreach(fused: bool | None, variant: str) -> None:
+    """Of a plain parameter: PyTorch's fused kernel, which takes lists, would not see into such a gradient."""
+    plain, odd = parameters([(40,), (40,), (5, 3)]), parameters([(40,), (40,), (5, 3)])
+    expected = VARIANTS[variant](plain, fused=False, **LIVELY[variant])
+    optimizer = VARIANTS[variant](odd, fused=fused, **LIVELY[variant])
+    for step in range(3):
+        set_gradients(plain, step)
+        for param, other in zip(odd, plain, strict=True):
+            param.grad = Wrapped(other.grad.clone())
+        expected.step()
+        optimizer.step()
+    torch.testing.assert_close(odd, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["any", "torch"])
+def test_small_negative_views_of_equal_shape(fused: bool | None, variant: str) -> None:
+    """Imaginary parts of a conjugate: stacked they were an error in the middle of a step."""
+    plain = parameters([(40,), (40,)])
+    views = [torch.zeros(40, dtype=torch.complex64).conj().imag for _ in plain]
+    for view, param in zip(views, plain, strict=True):
+        view.copy_(param.detach())
+    odd = [torch.nn.Parameter(view) for view in views]
+    assert all(param.is_neg() for param in odd)
+    for params in (plain, odd):
+        optimizer = VARIANTS[variant](params, fused=fused if params is odd else False, **LIVELY[variant])
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+    torch.testing.assert_close([each.detach() for each in odd], [each.detach() for each in plain], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("decides", [nullcontext, UnreadByTheHost], ids=["host", "device"])
 def test_overflow_leaves_weights_without_foreach(decides: Any, variant: str) -> None:
     """Decided on a device it was a step of inf times 0, so nan."""
