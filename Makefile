@@ -72,7 +72,7 @@ endef
 ACTIONLINT = if [ -x $(BIN)/actionlint ]; then echo $(BIN)/actionlint; $(BIN)/actionlint; fi
 
 define TEST_PROCESSORS
-	@echo "== the fast tests, as on another kind of processor (three minutes)"
+	@echo "== the fast tests, as on another kind of processor (four minutes)"
 	$(BIN)/python tests/processors.py tests/optimizer tests/core
 endef
 

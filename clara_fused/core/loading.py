@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ def core_or_warning() -> Any:
     return core
 
 
+@cache  # asked for every parameter of a first step under fused=True
 def core_status(device: torch.device | str, param_dtype: torch.dtype) -> str | None:
     """Why the compiled core cannot serve parameters of this dtype on this device; None if it can.
 

@@ -456,15 +456,11 @@ def test_the_declaration_is_that_of_the_core() -> None:
     assert _declared_interface() == _compiled_interface()
 
 
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+@pytest.mark.usefixtures("fresh_core_status")
 def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not core_available():
-        pytest.skip("needs the compiled core")
     monkeypatch.setattr(loading, "__version__", "9.9")
-    loading.load.cache_clear()
-    try:
-        assert "of version" in (loading.core_status("cpu", torch.float32) or "")
-    finally:
-        loading.load.cache_clear()
+    assert "of version" in (loading.core_status("cpu", torch.float32) or "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,7 +470,7 @@ def test_a_core_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fresh_core_status() -> Iterator[None]:
     """What the process found out about its core is found out again, before and after the test."""
-    caches = (loading.load, loading.core_or_warning)
+    caches = (loading.load, loading.core_or_warning, loading.core_status)
     for cached in caches:
         cached.cache_clear()
     yield
