@@ -60,9 +60,10 @@ class TorchBucket:
         self._lr = self._scalar(inputs.lrs[group_index])
         self._moves = self._lr != 0.0
         self._grad_scale = self._scalar(inputs.grad_scale)
+        # Set where nothing may change: all is computed, and left as it was.
         found_inf = self._scalar(inputs.found_inf)
-        self._skipped = isinstance(found_inf, float) and found_inf != 0.0
-        self._undo = found_inf != 0.0 if isinstance(found_inf, Tensor) else None  # decided on the device
+        overflow = isinstance(found_inf, Tensor) or found_inf  # None, and a 0 that the host knows: no need to ask
+        self._undo = torch.as_tensor(found_inf != 0.0, device=self.device) if overflow else None
         self._scalars = TensorScalars([work.state for work in self._works], self.options, self._moves, self._undo)
 
     def _scalar(self, value: float | Tensor | None) -> Any:
@@ -81,37 +82,22 @@ class TorchBucket:
 
     def measure(self) -> Tensor:
         with profiling.range_of("measure", len(self._works)):
-            shape = (len(self._works), len(adaptation.PathSums._fields))
-            sums = torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
-            if self._skipped:
-                return sums
             coefficients = _Coefficients(self, *self._bias_corrections, self._scalars.column("walk_moment_sq"))
-            per_unit = [self._measure_unit(unit, coefficients) for unit in self._blocks(sampled=True)]
-            sums[:, :-1] = torch.cat(per_unit, dim=1).T
+            sums = torch.cat([self._measure_unit(unit, coefficients) for unit in self._blocks(sampled=True)], dim=1)
             # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
             # that has long been somebody else's.
-            start = 0
-            for unit in self._units:
-                sums[start : start + len(unit), -1] = unit[0].param.numel()
-                start += len(unit)
-            return sums
+            numels = [sums.new_full((len(unit),), unit[0].param.numel()) for unit in self._units]
+            return torch.cat([sums, torch.cat(numels).unsqueeze(0)]).T
 
     def advance(self, sums: Tensor) -> Tensor:
         with profiling.range_of("adapt", len(self._works)):
-            sums = moved(sums, self.device)
-            if self._skipped:
-                return sums.new_zeros(len(self._works), len(adaptation.Evidence._fields))
-            return self._scalars.advance(sums)
+            return self._scalars.advance(moved(sums, self.device))
 
     def rescale(self, evidence: Tensor) -> None:
-        if self._skipped:
-            return
         with profiling.range_of("adapt", len(self._works)):
             self._scalars.rescale(moved(evidence, self.device))
 
     def update(self) -> None:
-        if self._skipped:
-            return
         with profiling.range_of("update", len(self._works)):
             rates = self._scalars.column("lr_scale").to(adaptation.scalar_dtype(self.device)) * self._lr
             coefficients = _Coefficients(self, *self._bias_corrections, rates)
