@@ -24,36 +24,45 @@ bool skipped(const TensorList& list) { return list.found_inf != nullptr && *list
 // Spans: what a thread takes at once
 // ---------------------------------------------------------------------------------------------------------------
 
-// One chunk of a large tensor, or all chunks of several small ones that follow each other in the list.
+// Chunks of one tensor, or all chunks of several small ones that follow each other in the list.
 struct Span {
   int64_t first_tensor, last_tensor;
-  int64_t chunk;  // -1: all of them
+  int64_t first_chunk = 0, last_chunk = std::numeric_limits<int64_t>::max();
 };
 
-// elements_of(tensor): how many of them there is work for; chunk_count(tensor).
-template <typename ElementsOf, typename ChunkCount>
-std::vector<Span> spans_of(const TensorList& list, ElementsOf elements_of, ChunkCount chunk_count) {
+int64_t numel(const TensorRecord& tensor) { return tensor.numel; }
+
+// elements_of(tensor): how many of them there is work for.
+template <typename ElementsOf>
+std::vector<Span> tensor_spans(const TensorList& list, ElementsOf elements_of) {
   std::vector<Span> spans;
   for (int64_t i = 0; i < list.count;) {
     int64_t elements = elements_of(list.tensors[i]), last = i + 1;
-    if (elements >= kTaskElements) {
-      for (int64_t chunk = 0; chunk < chunk_count(list.tensors[i]); ++chunk) spans.push_back({i, last, chunk});
-    } else {
-      while (last < list.count && elements + elements_of(list.tensors[last]) <= kTaskElements) {
-        elements += elements_of(list.tensors[last++]);
-      }
-      spans.push_back({i, last, -1});
+    while (last < list.count && elements + elements_of(list.tensors[last]) <= kTaskElements) {
+      elements += elements_of(list.tensors[last++]);
     }
+    spans.push_back({i, last});
     i = last;
   }
   return spans;
 }
 
-std::vector<Span> measure_spans(const TensorList& list) { return spans_of(list, path_numel, path_chunk_count); }
-
-std::vector<Span> update_spans(const TensorList& list) {
-  return spans_of(list, [](const TensorRecord& tensor) { return tensor.numel; }, chunk_count);
+// Large tensors chunk by chunk; chunk_count(tensor).
+template <typename ElementsOf, typename ChunkCount>
+std::vector<Span> chunk_spans(const TensorList& list, ElementsOf elements_of, ChunkCount chunk_count) {
+  std::vector<Span> spans;
+  for (const Span& span : tensor_spans(list, elements_of)) {
+    const TensorRecord& first = list.tensors[span.first_tensor];
+    const int64_t pieces = elements_of(first) > kTaskElements ? chunk_count(first) : 1;
+    for (int64_t i = 0; i < pieces; ++i) {
+      spans.push_back(pieces == 1 ? span : Span{span.first_tensor, span.last_tensor, i, i + 1});
+    }
+  }
+  return spans;
 }
+
+std::vector<Span> measure_spans(const TensorList& list) { return chunk_spans(list, path_numel, path_chunk_count); }
+std::vector<Span> update_spans(const TensorList& list) { return chunk_spans(list, numel, chunk_count); }
 
 // Few elements are one thread's work: a second one would cost more than it saves.
 int useful_threads(const TensorList& list, const Placement& where) {
@@ -74,16 +83,14 @@ class Worker {
         loops_(best_kernels().loops(list.param_dtype, list.grad_dtype)),
         chunk_sums_(static_cast<size_t>(list.path_chunk_count)) {}
 
-  void measure(int64_t tensor, int64_t first_chunk, int64_t last_chunk) {
-    ElementSums<double>* sums = chunk_sums_.data() + list_.tensors[tensor].first_path_chunk;
-    for (int64_t i = first_chunk; i < last_chunk; ++i) sums[i] = loops_.measure(list_, tensor, i);
-  }
-
   void measure(const Span& span) {
-    if (span.chunk >= 0) return measure(span.first_tensor, span.chunk, span.chunk + 1);
-    for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) measure_all(i);
+    for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) {
+      const TensorRecord& tensor = list_.tensors[i];
+      ElementSums<double>* sums = chunk_sums_.data() + tensor.first_path_chunk;
+      const int64_t last = std::min(span.last_chunk, path_chunk_count(tensor));
+      for (int64_t chunk = span.first_chunk; chunk < last; ++chunk) sums[chunk] = loops_.measure(list_, i, chunk);
+    }
   }
-  void measure_all(int64_t tensor) { measure(tensor, 0, path_chunk_count(list_.tensors[tensor])); }
 
   // Of a tensor whose chunks have all been measured.
   PathSums sums(int64_t tensor) const {
@@ -95,15 +102,12 @@ class Worker {
   }
 
   // After the step has been counted.
-  void update(int64_t tensor, int64_t first_chunk, int64_t last_chunk) const {
-    for (int64_t i = first_chunk; i < last_chunk; ++i) loops_.update(list_, tensor, i);
-  }
-
   void update(const Span& span) const {
-    if (span.chunk >= 0) return update(span.first_tensor, span.chunk, span.chunk + 1);
-    for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) update_all(i);
+    for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) {
+      const int64_t last = std::min(span.last_chunk, chunk_count(list_.tensors[i]));
+      for (int64_t chunk = span.first_chunk; chunk < last; ++chunk) loops_.update(list_, i, chunk);
+    }
   }
-  void update_all(int64_t tensor) const { update(tensor, 0, chunk_count(list_.tensors[tensor])); }
 
  private:
   const TensorList& list_;
@@ -174,48 +178,36 @@ void step_tensor_by_tensor(const TensorList& list, int threads) {
   int64_t elements = 0;
   for (int64_t i = 0; i < list.count; ++i) elements += list.tensors[i].numel;
   const int64_t max_own = threads == 1 ? elements : std::max(kOwnElements, elements / (8 * threads));
-  std::vector<int64_t> shared, own;
-  for (int64_t i = 0; i < list.count; ++i) {
-    const int64_t numel = list.tensors[i].numel;
-    if (numel >= kTaskElements) (numel > max_own ? shared : own).push_back(i);
-  }
-  std::stable_sort(own.begin(), own.end(),
-                   [&](int64_t a, int64_t b) { return list.tensors[a].numel > list.tensors[b].numel; });
-  std::vector<size_t> tasks;  // where each starts in `own`; the last entry is the end
-  for (size_t i = 0; i < own.size(); ++i) tasks.push_back(i);
-  int64_t in_task = kTaskElements;
-  for (int64_t i = 0; i < list.count; ++i) {
-    if (list.tensors[i].numel >= kTaskElements) continue;
-    if (in_task >= kTaskElements) tasks.push_back(own.size()), in_task = 0;
-    own.push_back(i);
-    in_task += list.tensors[i].numel;
-  }
-  tasks.push_back(own.size());
+  const auto size = [&](const Span& span) { return list.tensors[span.first_tensor].numel; };
+  std::vector<Span> shared, own;
+  for (const Span& span : tensor_spans(list, numel)) (size(span) > max_own ? shared : own).push_back(span);
+  std::stable_sort(own.begin(), own.end(), [&](const Span& a, const Span& b) { return size(a) > size(b); });
 
   Worker worker(list);
   const auto adapt = [&](int64_t tensor) { rescale_one(list, tensor, advance_one(list, tensor, worker.sums(tensor))); };
   const auto path_chunks = [&](size_t i) {
-    return i < shared.size() ? path_chunk_count(list.tensors[shared[i]]) : 0;
+    return i < shared.size() ? path_chunk_count(list.tensors[shared[i].first_tensor]) : 0;
   };
   Shares measuring(threads, path_chunks(0)), updating(threads, 0, true);
-  Shares stepping(1, static_cast<int64_t>(tasks.size()) - 1);  // one queue for all
+  Shares stepping(1, static_cast<int64_t>(own.size()));  // one queue for all
   Barrier barrier;
-  run_team(threads, [&](int member, int size) {
+  run_team(threads, [&](int member, int members) {
     for (size_t i = 0; i < shared.size(); ++i) {
-      const int64_t tensor = shared[i];
-      measuring.work(member, [&](int64_t chunk) { worker.measure(tensor, chunk, chunk + 1); });
-      barrier.arrive_and_wait(size, [&] {  // all have measured this tensor and updated the one before
+      const int64_t tensor = shared[i].first_tensor;
+      measuring.work(member, [&](int64_t chunk) { worker.measure({tensor, tensor + 1, chunk, chunk + 1}); });
+      barrier.arrive_and_wait(members, [&] {  // all have measured this tensor and updated the one before
         adapt(tensor);
         updating.deal(chunk_count(list.tensors[tensor]));
         measuring.deal(path_chunks(i + 1));
       });
-      updating.work(member, [&](int64_t chunk) { worker.update(tensor, chunk, chunk + 1); });
+      updating.work(member, [&](int64_t chunk) { worker.update({tensor, tensor + 1, chunk, chunk + 1}); });
     }
     stepping.work(member, [&](int64_t task) {
-      for (size_t i = tasks[static_cast<size_t>(task)]; i < tasks[static_cast<size_t>(task) + 1]; ++i) {
-        worker.measure_all(own[i]);
-        adapt(own[i]);
-        worker.update_all(own[i]);
+      const Span& span = own[static_cast<size_t>(task)];
+      for (int64_t i = span.first_tensor; i < span.last_tensor; ++i) {
+        worker.measure({i, i + 1});
+        adapt(i);
+        worker.update({i, i + 1});
       }
     });
   });
