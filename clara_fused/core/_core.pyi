@@ -14,10 +14,11 @@ class GroupTable:
     """Options of the param groups, as one device sees them. Setting them does not change running kernels."""
 
     def __init__(self, group_count: int) -> None: ...
-    def set(self, group: int, values: list[float]) -> None:
-        """One value for each of OPTION_NAMES; flags are 0 or 1, reference 0 is the random walk, clip None is 0, inf."""
-    def set_lr_tensor(self, group: int, address: int, is_double: bool) -> None:
-        """One element on the device, which is read in place of lr; 0: lr it is. Stays through `set`."""
+    def set(self, group: int, values: list[float], lr_tensor: int, lr_tensor_is_double: bool) -> None:
+        """One value for each of OPTION_NAMES; flags are 0 or 1, reference 0 is the random walk, clip None is 0, inf.
+
+        `lr_tensor`: one element on the device, which is read in place of lr; 0: lr it is.
+        """
 
 class Bucket:
     """The tensors of one device and storage types in one step. Owns gradients and state until it dies."""

@@ -154,25 +154,21 @@ class _Groups:
         self.count = count
         self._names: tuple[str, ...] = core.OPTION_NAMES
         self.device = torch.device("cpu") if device[0] == "cpu" else torch.device(*device)
-        self._seen: list[tuple[GroupOptions, float] | None] = [None] * count
+        self._seen: list[tuple[GroupOptions, float | Tensor] | None] = [None] * count
         self._lr_tensors: list[Tensor | None] = [None] * count
 
     def update(self, inputs: StepInputs) -> None:
         """Take over what has changed since the last step."""
         for group, (options, lr) in enumerate(zip(inputs.options, inputs.lrs, strict=True)):
-            if isinstance(lr, Tensor):
-                lr = self._on_device(lr)
-                self.table.set_lr_tensor(group, lr.data_ptr(), lr.dtype == torch.float64)
-                self._lr_tensors[group] = lr
-                lr = 0.0
-            elif self._lr_tensors[group] is not None:
-                self.table.set_lr_tensor(group, 0, False)
-                self._lr_tensors[group] = None
-            seen = self._seen[group]
-            if seen is None or seen[0] is not options or seen[1] != lr:
-                values = [lr if name == "lr" else float(getattr(options, name)) for name in self._names]
-                self.table.set(group, values)
-                self._seen[group] = options, lr
+            tensor = self._on_device(lr) if isinstance(lr, Tensor) else None
+            if tensor is None and self._seen[group] == (options, lr):
+                continue
+            number = 0.0 if isinstance(lr, Tensor) else lr
+            values = [number if name == "lr" else float(getattr(options, name)) for name in self._names]
+            address, is_double = (0, False) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.float64)
+            self.table.set(group, values, address, is_double)
+            self._seen[group] = None if tensor is not None else (options, lr)
+            self._lr_tensors[group] = tensor  # as long as the table names it
 
     def _on_device(self, lr: Tensor) -> Tensor:
         lr = moved(lr.detach(), self.device)

@@ -36,14 +36,12 @@ class GroupTable {
  public:
   explicit GroupTable(size_t group_count) : options_(group_count) {}
 
-  void set(size_t group, const std::vector<double>& values) {
+  void set(size_t group, const std::vector<double>& values, Address lr_tensor, bool lr_tensor_is_double) {
     if (values.size() != kOptions) throw py::value_error("expected one value for each of OPTION_NAMES");
-    std::memcpy(static_cast<void*>(&options_.at(group)), values.data(), kOptions * sizeof(double));
-  }
-
-  void set_lr_tensor(size_t group, Address address, bool is_double) {
-    options_.at(group).lr_tensor = pointer<const void>(address);
-    options_[group].lr_tensor_is_double = is_double;
+    GroupOptions& options = options_.at(group);
+    std::memcpy(static_cast<void*>(&options), values.data(), kOptions * sizeof(double));
+    options.lr_tensor = pointer<const void>(lr_tensor);
+    options.lr_tensor_is_double = lr_tensor_is_double;
   }
 
   const std::vector<GroupOptions>& options() const { return options_; }
@@ -181,8 +179,8 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<GroupTable, std::shared_ptr<GroupTable>>(m, "GroupTable")
       .def(py::init<size_t>(), py::arg("group_count"))
-      .def("set", &GroupTable::set, py::arg("group"), py::arg("values"))
-      .def("set_lr_tensor", &GroupTable::set_lr_tensor, py::arg("group"), py::arg("address"), py::arg("is_double"));
+      .def("set", &GroupTable::set, py::arg("group"), py::arg("values"), py::arg("lr_tensor"),
+           py::arg("lr_tensor_is_double"));
 
   py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
       .def_property_readonly("device", &Bucket::device)
