@@ -132,13 +132,11 @@ class AdamClara(Constructor, Optimizer):
             return loss
         sums = [bucket.measure() for bucket in buckets]
         sums = sums if ranks is None else ranks.whole_sums(buckets, sums)
-        evidence = [bucket.advance(rows) for bucket, rows in zip(buckets, sums, strict=True)]
+        evidence = [bucket.adapt(rows) for bucket, rows in zip(buckets, sums, strict=True)]
         if self.one_scale:
             total = total_evidence(evidence) if ranks is None else ranks.total(buckets, evidence)
             adapt_one_scale(total, self._shared_scales().values(), inputs)
-        for bucket, rows in zip(buckets, evidence, strict=True):
-            if not self.one_scale:
-                bucket.rescale(rows)
+        for bucket in buckets:
             bucket.update()
         return loss
 

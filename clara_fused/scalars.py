@@ -43,23 +43,20 @@ class TensorScalars:
         steps = self.column("step")
         return steps.to(adaptation.scalar_dtype(steps.device)) + 1.0
 
-    def advance(self, sums: Tensor) -> Tensor:
-        """Count the step and move the walks on, by whole-tensor sums [n, 9]; returns evidence [n, 8]."""
+    def adapt(self, sums: Tensor, one_scale: bool) -> Tensor:
+        """Count the step, move walks on and, unless there is one for all, scales; see `step.Bucket.adapt`."""
         walks = torch.stack([self.column(name) for name in WALK], dim=-1)
         walks = adaptation.advanced_walks(walks, sums, self._options, self.steps, self._moves)
         for name, values in zip(WALK, walks.unbind(-1), strict=True):
             self._write(name, values)
         self._write("step", self.steps)
         evidence = adaptation.evidence_of(sums, walks, self._options, self._moves)
+        if not one_scale:
+            self._write("lr_scale", adaptation.adapted_scales(self.column("lr_scale"), evidence, self._options))
         return evidence if self._keep is None else torch.where(self._keep.unsqueeze(-1), 0.0, evidence)
 
-    def rescale(self, evidence: Tensor) -> None:
-        """Let the scales follow the evidence: [n, 8], or [1, 8] for the one scale that all tensors share."""
-        scales = torch.stack([state["lr_scale"] for state in self._states[: len(evidence)]])
-        self._write("lr_scale", adaptation.adapted_scales(scales, evidence, self._options))
-
     def _write(self, name: str, values: Tensor) -> None:
-        targets = [state[name] for state in self._states[: len(values)]]
+        targets = [state[name] for state in self._states]
         values = values.to(targets[0].dtype)
         if self._keep is not None:
             values = torch.where(self._keep, torch.stack(targets), values)

@@ -56,7 +56,7 @@ class StepInputs:
 class Bucket(Protocol):
     """Tensors of one device and dtypes, in one back end, for one step.
 
-    Either `step`, or `measure`, `advance`, `rescale`, `update`, in this order. If the step's `found_inf` is set,
+    Either `step`, or `measure`, `adapt`, `update`, in this order. If the step's `found_inf` is set,
     nothing is changed, and what is returned means nothing.
     """
 
@@ -72,16 +72,14 @@ class Bucket(Protocol):
         """Write the path. Returns float64 [n, 9] on `device`, columns of `adaptation.PathSums`; this rank's part."""
         ...
 
-    def advance(self, sums: Tensor) -> Tensor:
-        """Count the step and move the walks on, by whole-tensor sums [n, 9].
+    def adapt(self, sums: Tensor) -> Tensor:
+        """Count the step and move the walks on, by whole-tensor sums [n, 9]; each scale follows its tensor's evidence.
+
+        But for the one scale of AdamClaraGlobal, which follows the total: `adapt_one_scale`.
 
         Returns:
             float64 [n, 8] on `device`, columns of `adaptation.Evidence`.
         """
-        ...
-
-    def rescale(self, evidence: Tensor) -> None:
-        """Let the scales follow the evidence: [n, 8], or [1, 8] for the one scale of all tensors."""
         ...
 
     def update(self) -> None:
@@ -89,7 +87,7 @@ class Bucket(Protocol):
         ...
 
     def step(self) -> None:
-        """All four in one go, where no other bucket and no other rank has a part in the evidence."""
+        """All of it in one go, where no other bucket and no other rank has a part in the evidence."""
         ...
 
 

@@ -20,7 +20,7 @@ from . import adaptation, profiling, tensors
 from .options import GroupOptions, readable
 from .scalars import TensorScalars, distribute
 from .state import MOMENTS, WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
-from .step import Location, StepInputs, TensorWork, moved
+from .step import Location, StepInputs, TensorWork, adapt_one_scale, moved
 
 # Bytes of an array of a block. On the CPU all of them, about a dozen, are to stay in the last cache; a GPU wants few,
 # large launches.
@@ -50,7 +50,7 @@ class TorchBucket:
         group_index = first.location.group_index
         self.options: GroupOptions = inputs.options[group_index]
         self.device = first.param.device
-        self._one_scale = inputs.one_scale
+        self._inputs = inputs
         self._dtype = moment_dtype(first.param)
         self._units = _units_of(works)
         self._works = [work for unit in self._units for work in unit]
@@ -76,8 +76,9 @@ class TorchBucket:
     # --- the verbs ---
 
     def step(self) -> None:
-        evidence = self.advance(self.measure())
-        self.rescale(adaptation.total_evidence([evidence]).unsqueeze(0) if self._one_scale else evidence)
+        evidence = self.adapt(self.measure())
+        if self._inputs.one_scale:
+            adapt_one_scale(adaptation.total_evidence([evidence]), [self._works[0].state["lr_scale"]], self._inputs)
         self.update()
 
     def measure(self) -> Tensor:
@@ -89,13 +90,9 @@ class TorchBucket:
             numels = [sums.new_full((len(unit),), unit[0].param.numel()) for unit in self._units]
             return torch.cat([sums, torch.cat(numels).unsqueeze(0)]).T
 
-    def advance(self, sums: Tensor) -> Tensor:
+    def adapt(self, sums: Tensor) -> Tensor:
         with profiling.range_of("adapt", len(self._works)):
-            return self._scalars.advance(moved(sums, self.device))
-
-    def rescale(self, evidence: Tensor) -> None:
-        with profiling.range_of("adapt", len(self._works)):
-            self._scalars.rescale(moved(evidence, self.device))
+            return self._scalars.adapt(moved(sums, self.device), self._inputs.one_scale)
 
     def update(self) -> None:
         with profiling.range_of("update", len(self._works)):

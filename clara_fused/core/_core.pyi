@@ -38,10 +38,8 @@ class Bucket:
     def set_memory(self, device_memory: int) -> None: ...
     def measure(self, sums: int, threads: int, stream: int) -> None:
         """Writes the path, and `adaptation.PathSums`, float64 [n, 9]."""
-    def advance(self, sums: int, evidence: int, threads: int, stream: int) -> None:
-        """Counts the step; such sums to `adaptation.Evidence`, float64 [n, 8]."""
-    def rescale(self, evidence: int, threads: int, stream: int) -> None:
-        """Scales follow evidence: a row per tensor, or a single one for the one scale of all."""
+    def adapt(self, sums: int, evidence: int, threads: int, stream: int) -> None:
+        """Counts the step; such sums to `adaptation.Evidence`, float64 [n, 8], and scales but for the one of all."""
     def update(self, threads: int, stream: int) -> None: ...
     def step(self, threads: int, stream: int) -> None: ...
 

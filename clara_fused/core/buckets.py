@@ -120,17 +120,12 @@ class CoreBucket:
             self._bucket.measure(sums.data_ptr(), *self._launch)
             return sums
 
-    def advance(self, sums: Tensor) -> Tensor:
+    def adapt(self, sums: Tensor) -> Tensor:
         with profiling.range_of("adapt", len(self._bucket)):
             sums = moved(sums, self.device).contiguous()
             evidence = self._numbers(len(Evidence._fields)).zero_()
-            self._bucket.advance(sums.data_ptr(), evidence.data_ptr(), *self._launch)
+            self._bucket.adapt(sums.data_ptr(), evidence.data_ptr(), *self._launch)
             return evidence
-
-    def rescale(self, evidence: Tensor) -> None:
-        with profiling.range_of("adapt", len(self._bucket)):
-            evidence = moved(evidence, self.device).contiguous()
-            self._bucket.rescale(evidence.data_ptr(), *self._launch)
 
     def update(self) -> None:
         with profiling.range_of("update", len(self._bucket)):

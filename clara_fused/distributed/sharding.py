@@ -277,10 +277,7 @@ class RankSums:
             moves = moved(lr, device).reshape(()) != 0.0 if isinstance(lr, Tensor) else lr != 0.0
             states = [self._state_of(location) or self._create_state(location) for _, location in found]
             scalars = TensorScalars(states, inputs.options[group_index], moves, keep)
-            evidence = scalars.advance(rows)
-            if not inputs.one_scale:
-                scalars.rescale(evidence)
-            yield [location for _, location in found], evidence
+            yield [location for _, location in found], scalars.adapt(rows, inputs.one_scale)
 
     def total(self, buckets: Sequence[Bucket], evidence: Sequence[Tensor]) -> Tensor:
         """Evidence of all tensors on all ranks, float64 [8] (AdamClaraGlobal); all ranks call this after `whole_sums`.

@@ -233,15 +233,12 @@ void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   for (int64_t i = 0; i < list.count; ++i) sums[i] = worker.sums(i);
 }
 
-void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement&) {
+void adapt(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement&) {
   if (skipped(list)) return;
-  for (int64_t i = 0; i < list.count; ++i) evidence[i] = advance_one(list, i, sums[i]);
-}
-
-void rescale(const TensorList& list, const Evidence* evidence, const Placement&) {
-  if (skipped(list)) return;
-  const int64_t scales = list.one_scale ? std::min<int64_t>(list.count, 1) : list.count;
-  for (int64_t i = 0; i < scales; ++i) rescale_one(list, i, evidence[i]);
+  for (int64_t i = 0; i < list.count; ++i) {
+    evidence[i] = advance_one(list, i, sums[i]);
+    if (!list.one_scale) rescale_one(list, i, evidence[i]);
+  }
 }
 
 void update(const TensorList& list, const Placement& where) {

@@ -27,11 +27,9 @@ struct Placement {
 // The path and `sums` [count].
 void measure(const TensorList& list, PathSums* sums, const Placement& where);
 
-// Counts the step, moves the walks on; from `sums` [count] to `evidence` [count].
-void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);
-
-// Each tensor's scale follows its evidence [count]; under `one_scale` the one scale follows evidence[0], their total.
-void rescale(const TensorList& list, const Evidence* evidence, const Placement& where);
+// Counts the step and moves the walks on, from `sums` [count] to `evidence` [count]; each tensor's scale follows its own,
+// but not the one scale of `one_scale`, which follows the evidence of all lists.
+void adapt(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);
 
 // Moments and parameters, with steps and scales as they are now.
 void update(const TensorList& list, const Placement& where);

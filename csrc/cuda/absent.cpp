@@ -20,8 +20,7 @@ Layout layout(const TensorList&) { throw std::runtime_error(kProblem); }
 void write_table(const TensorList&, void*) { throw std::runtime_error(kProblem); }
 bool is_table_of(const TensorList&, const void*) { throw std::runtime_error(kProblem); }
 void measure(const TensorList&, PathSums*, const Placement&) { throw std::runtime_error(kProblem); }
-void advance(const TensorList&, const PathSums*, Evidence*, const Placement&) { throw std::runtime_error(kProblem); }
-void rescale(const TensorList&, const Evidence*, const Placement&) { throw std::runtime_error(kProblem); }
+void adapt(const TensorList&, const PathSums*, Evidence*, const Placement&) { throw std::runtime_error(kProblem); }
 void update(const TensorList&, const Placement&) { throw std::runtime_error(kProblem); }
 void step(const TensorList&, const Placement&) { throw std::runtime_error(kProblem); }
 

@@ -212,25 +212,14 @@ void measure(const TensorList& list, PathSums* sums, const Placement& where) {
   enqueue_reduce(list, where, sums, After::kNothing);
 }
 
-void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where) {
+void adapt(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where) {
   const DeviceGuard guard(where.device);
   for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
     arguments.sums = const_cast<PathSums*>(sums);  // this kernel only reads them
     arguments.evidence = evidence;
-    using Arguments = std::remove_reference_t<decltype(arguments)>;
-    launch("advance", advance_kernel<Arguments>, chunks_of(arguments.count, kThreads), where, arguments);
-  });
-}
-
-void rescale(const TensorList& list, const Evidence* evidence, const Placement& where) {
-  const DeviceGuard guard(where.device);
-  for_each_launch(list, where, Work::kTensors, [&](auto& arguments) {
-    if (list.one_scale && arguments.first_tensor > 0) return;
-    arguments.evidence = const_cast<Evidence*>(evidence);  // this kernel only reads it
     arguments.after = list.one_scale ? After::kRescaleAll : After::kRescaleOwn;
     using Arguments = std::remove_reference_t<decltype(arguments)>;
-    const int64_t blocks = list.one_scale ? 1 : chunks_of(arguments.count, kThreads);
-    launch("rescale", rescale_kernel<Arguments>, blocks, where, arguments);
+    launch("adapt", adapt_kernel<Arguments>, chunks_of(arguments.count, kThreads), where, arguments);
   });
 }
 

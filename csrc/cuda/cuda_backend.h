@@ -60,8 +60,7 @@ struct Placement {
 
 // What each of them does is said in cpu_backend.h.
 void measure(const TensorList& list, PathSums* sums, const Placement& where);                            // 2 launches
-void advance(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);  // 1
-void rescale(const TensorList& list, const Evidence* evidence, const Placement& where);                  // 1
+void adapt(const TensorList& list, const PathSums* sums, Evidence* evidence, const Placement& where);    // 1
 void update(const TensorList& list, const Placement& where);                                             // 1
 void step(const TensorList& list, const Placement& where);                                               // 3
 

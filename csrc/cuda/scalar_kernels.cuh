@@ -1,4 +1,4 @@
-// The kernels that touch a handful of scalars per tensor: reduce (which may adapt at once), advance, rescale.
+// The kernels that touch a handful of scalars per tensor: reduce (which may adapt at once) and adapt.
 #pragma once
 
 #include <cstdint>
@@ -96,27 +96,18 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Arguments __grid
   if (threadIdx.x == 0) rescale_tensor(record, of_all, options);
 }
 
-// One thread per tensor: the part of adapt before sums over tensors, with sums that were completed elsewhere.
+// One thread per tensor: adapt, with sums that were completed elsewhere.
 template <typename Arguments>
-__global__ void __launch_bounds__(kThreads) advance_kernel(const Arguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kThreads) adapt_kernel(const Arguments __grid_constant__ arguments) {
   if (arguments.skipped()) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= arguments.count) return;
   const int64_t tensor = arguments.first_tensor + i;
   const TensorRecord& record = arguments.tensors[tensor];
-  arguments.evidence[tensor] = advanced(record, arguments.sums[tensor], arguments.group(record));
-}
-
-// One thread per tensor, or a single one for the scale that all share.
-template <typename Arguments>
-__global__ void __launch_bounds__(kThreads) rescale_kernel(const Arguments __grid_constant__ arguments) {
-  if (arguments.skipped()) return;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const bool one_scale = arguments.after == After::kRescaleAll;
-  if (i >= (one_scale ? 1 : arguments.count)) return;
-  const int64_t tensor = arguments.first_tensor + i;
-  const TensorRecord& record = arguments.tensors[tensor];
-  rescale_tensor(record, arguments.evidence[one_scale ? 0 : tensor], arguments.group(record));
+  const GroupOptions& options = arguments.group(record);
+  const Evidence evidence = advanced(record, arguments.sums[tensor], options);
+  if (arguments.after == After::kRescaleOwn) rescale_tensor(record, evidence, options);
+  arguments.evidence[tensor] = evidence;
 }
 
 }  // namespace clara::cuda

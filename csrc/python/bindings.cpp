@@ -125,15 +125,9 @@ void measure_bucket(const Bucket& bucket, Address sums, int threads, Address str
   });
 }
 
-void advance_bucket(const Bucket& bucket, Address sums, Address evidence, int threads, Address stream) {
+void adapt_bucket(const Bucket& bucket, Address sums, Address evidence, int threads, Address stream) {
   bucket.run(threads, stream, [&](const TensorList& list, const auto& where) {
-    advance(list, pointer<const PathSums>(sums), pointer<Evidence>(evidence), where);
-  });
-}
-
-void rescale_bucket(const Bucket& bucket, Address evidence, int threads, Address stream) {
-  bucket.run(threads, stream, [&](const TensorList& list, const auto& where) {
-    rescale(list, pointer<const Evidence>(evidence), where);
+    adapt(list, pointer<const PathSums>(sums), pointer<Evidence>(evidence), where);
   });
 }
 
@@ -175,7 +169,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_core, m) {
   using namespace clara;
   using namespace clara::python;
-  m.doc() = "Compiled core of clara_fused: gather, measure, advance, rescale and update on raw memory.";
+  m.doc() = "Compiled core of clara_fused: gather, measure, adapt and update on raw memory.";
 
   py::class_<GroupTable, std::shared_ptr<GroupTable>>(m, "GroupTable")
       .def(py::init<size_t>(), py::arg("group_count"))
@@ -193,8 +187,7 @@ PYBIND11_MODULE(_core, m) {
       .def("table_equals", &Bucket::table_equals, py::arg("host_memory"))
       .def("set_memory", &Bucket::set_memory, py::arg("device_memory"))
       .def("measure", &measure_bucket, py::arg("sums"), py::arg("threads"), py::arg("stream"))
-      .def("advance", &advance_bucket, py::arg("sums"), py::arg("evidence"), py::arg("threads"), py::arg("stream"))
-      .def("rescale", &rescale_bucket, py::arg("evidence"), py::arg("threads"), py::arg("stream"))
+      .def("adapt", &adapt_bucket, py::arg("sums"), py::arg("evidence"), py::arg("threads"), py::arg("stream"))
       .def("update", &update_bucket, py::arg("threads"), py::arg("stream"))
       .def("step", &step_bucket, py::arg("threads"), py::arg("stream"));
 

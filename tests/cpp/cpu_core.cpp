@@ -222,16 +222,14 @@ struct Model {
         continue;
       }
       cpu::measure(list, sums.data(), where);
-      cpu::advance(list, sums.data(), evidence.data(), where);
+      cpu::adapt(list, sums.data(), evidence.data(), where);
       if (c.one_scale) {
         Evidence total{};
         for (const Evidence& e : evidence) {
           total.path_sq += e.path_sq, total.weight += e.weight, total.weight_sq += e.weight_sq;
           total.shared_weight += e.shared_weight;
         }
-        cpu::rescale(list, &total, where);
-      } else {
-        cpu::rescale(list, evidence.data(), where);
+        if (found_inf == 0.0f) rescale_tensor(records[0], total, options);
       }
       cpu::update(list, where);
     }

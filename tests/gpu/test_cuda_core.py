@@ -29,6 +29,7 @@ from helpers import (
 from helpers import parameters as cpu_parameters
 
 from clara_fused.adaptation import total_evidence
+from clara_fused.step import adapt_one_scale
 
 # Around the vectors of 4, the block's run of 1024 and the chunks of 2048 and 4096 elements that the kernels work in.
 BORDER_SHAPES = [(0,), (), (1,), (3,), (4,), (5, 3), (127,), (1023,), (1024,), (1025,), (2047,), (2048,), (2049,)]
@@ -195,9 +196,11 @@ def test_verbs_one_by_one_do_what_a_step_does(variant: str, device: torch.device
                 optimizer.step()
                 continue
             with torch.no_grad():
-                (bucket,) = optimizer._gather(optimizer._read_inputs())
-                evidence = bucket.advance(bucket.measure())
-                bucket.rescale(total_evidence([evidence])[None] if variant == "Global" else evidence)
+                inputs = optimizer._read_inputs()
+                (bucket,) = optimizer._gather(inputs)
+                evidence = bucket.adapt(bucket.measure())
+                if variant == "Global":
+                    adapt_one_scale(total_evidence([evidence]), optimizer._shared_scales().values(), inputs)
                 bucket.update()
         outcomes.append(results(optimizer))
     assert outcomes[0] == outcomes[1]
