@@ -14,19 +14,19 @@ from . import state, tensors, torch_backend
 from .adaptation import total_evidence
 from .core import buckets as core_buckets
 from .core import loading
-from .distributed import dtensors, foreign, placement, sharding
+from .distributed import dtensors, placement, sharding
 from .options import (
     OPTIONS,
     SWITCHES,
     Constructor,
-    GroupOptions,
     OptionReader,
     SmoothedConstructor,
+    StepInputs,
     check_switches,
     coming_lr,
     largest_lr,
 )
-from .step import Bucket, Location, StepInputs, TensorWork, adapt_one_scale, moved
+from .step import Bucket, Location, TensorWork, adapt_one_scale, moved
 
 # What an instance keeps beside torch.optim.Optimizer's own attributes; survives pickling and deepcopy.
 _PERSISTENT_ATTRIBUTES = ("fused", "_process_group", "_step_supports_amp_scaling")
@@ -57,7 +57,7 @@ class AdamClara(Constructor, Optimizer):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         self.fused = fused
         self.process_group = arguments["process_group"]
-        self._core = core_buckets.Gatherer()
+        self._tables = core_buckets.Tables()
         self._forget_caches()
         Optimizer.__init__(self, arguments["params"], {name: arguments[name] for name in self.option_names})
         self._all_groups = self.param_groups
@@ -120,13 +120,15 @@ class AdamClara(Constructor, Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._gradients_are_placed = False  # see RankSums.fail
         try:
-            inputs = self._read_inputs()
+            # A GradScaler's: tensors, or of parameters without gradients the number 0, a sum over nothing.
+            amp = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            inputs = self._options.read(self.param_groups, *amp)
             ranks, inputs = sharding.join(self, inputs)
             buckets = self._gather(inputs)
         except Exception as error:
             sharding.fail_together(self, error)  # the ranks that share parameters
             raise
-        if ranks is None and (not self.one_scale or (len(buckets) == 1 and len(self._shared_scales()) == 1)):
+        if ranks is None and (not self.one_scale or (len(buckets) == 1 and len(self._scales) == 1)):
             for bucket in buckets:
                 bucket.step()
             return loss
@@ -140,37 +142,24 @@ class AdamClara(Constructor, Optimizer):
             bucket.update()
         return loss
 
-    def _read_inputs(self) -> StepInputs:
-        """Read and check everything a step depends on beside the tensors."""
-        if not self._shards_are_checked:
-            foreign.check_shards(self.param_groups, self._all_groups, self.process_group, self.one_scale)
-            self._shards_are_checked = True
-        options, lrs = self._options.read(self.param_groups)
-        scalars: Sequence[Any] = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scalars[0] is not None or scalars[1] is not None:
-            # Where no parameter has a gradient a GradScaler's found_inf is a sum over nothing: the number 0.
-            scalars = [
-                torch.full((), value, dtype=torch.float32, device="cpu") if isinstance(value, (int, float)) else value
-                for value in scalars
-            ]
-        return StepInputs(options, lrs, scalars[0], scalars[1], self.one_scale)
-
     def _gather(self, inputs: StepInputs) -> Sequence[Bucket]:
         """Buckets of all tensors with a gradient: the core's, and PyTorch's of those that the core cannot serve."""
-        if self.fused is False or loading.core_or_warning() is None:
+        core = None if self.fused is False else loading.core_or_warning()
+        if core is None:
             works = self._prepare(inputs, placement.located(self.param_groups))
             return torch_backend.buckets_of(list(works.values()), inputs)
-        scales = self._shared_scales() if self.one_scale else None
-        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs, scales)
-        if not irregular:
-            return buckets
-        located = [(at, self.param_groups[at.group_index]["params"][at.param_index]) for at in irregular]
-        works = self._prepare(inputs, located)
-        scales = self._shared_scales() if self.one_scale else None
-        buckets, irregular = self._core.gather(self.param_groups, self.state, inputs, scales)  # what lacked its state
-        if irregular and self.fused:
-            raise RuntimeError(_irregular(irregular[0], works[irregular[0]].param))
-        return [*buckets, *torch_backend.buckets_of([works[location] for location in irregular], inputs)]
+        scales = list((self._scales or self._shared_scales()).values()) if self.one_scale else None
+        found, irregular = core.gather(self.param_groups, self.state, scales)
+        if irregular:
+            located = [(Location(*at), self.param_groups[at[0]]["params"][at[1]]) for at in irregular]
+            works = self._prepare(inputs, located)
+            scales = list(self._scales.values()) if self.one_scale else None
+            found, irregular = core.gather(self.param_groups, self.state, scales)  # what lacked its state
+            if irregular and self.fused:
+                self._refuse_shared_memory()
+                raise RuntimeError(_not_fused(Location(*irregular[0]), works[irregular[0]].param, "state of this kind"))
+        buckets: list[Bucket] = [core_buckets.CoreBucket(bucket, self._tables, inputs) for bucket in found]
+        return [*buckets, *torch_backend.buckets_of([works[at] for at in irregular], inputs)] if irregular else buckets
 
     def _prepare(self, inputs: StepInputs, located: Iterable[tuple[Location, Tensor]]) -> dict[Location, TensorWork]:
         """Check those of some parameters that have a gradient; only then create or complete their state."""
@@ -201,8 +190,9 @@ class AdamClara(Constructor, Optimizer):
             if self.fused:
                 self._refuse_shared_memory()
             self._scales = {}  # the states that held it may be gone
+        initial_scales: dict[int, float | Tensor] = {}
         for location in to_complete:
-            works[location] = works[location]._replace(state=self._create_state(location))
+            works[location] = works[location]._replace(state=self._create_state(location, inputs, initial_scales))
         if self.one_scale:
             self._scales = {}
             self._shared_scales()
@@ -212,22 +202,29 @@ class AdamClara(Constructor, Optimizer):
     def _refuse_shared_memory(self) -> None:
         found = [(at, param) for at, param in placement.located(self.param_groups) if param.grad is not None]
         for index in tensors.overlapping([param for _, param in found]):
-            raise RuntimeError(_irregular(*found[index]))
+            raise RuntimeError(_not_fused(*found[index], "parameters that share memory"))
 
-    def _create_state(self, location: Location) -> dict[str, Any]:
-        """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout."""
+    def _create_state(
+        self, location: Location, inputs: StepInputs, initial_scales: dict[int, float | Tensor]
+    ) -> dict[str, Any]:
+        """Create what a parameter's state lacks, or bring it to the parameter's dtype, device and layout.
+
+        Args:
+            initial_scales: what parameters without any state begin with, by group, as far as it is known in this step.
+        """
         group_index, param_index = location
-        group = self.param_groups[group_index]
+        group, options = self.param_groups[group_index], inputs.options[group_index]
         param = group["params"][param_index]
-        options, _ = self._options.read(self.param_groups)
         entry: dict[str, Any] = self.state[param]
         if "exp_avg" in entry and not (self.one_scale and self._shared_scales()):
-            scale: float | Tensor = state.trained_scale(options[group_index])
+            scale: float | Tensor = state.trained_scale(options)
         else:
-            scale = self._initial_scale(group_index, options)
-            if self._known_initial_scale(group) is None:
-                self._initial_scales[id(param)] = scale
-        state.complete(entry, param, options[group_index], scale, self.process_group is not None)
+            if group_index not in initial_scales:
+                initial_scales[group_index] = self._initial_scale(group_index, inputs, in_step=True)
+                if self._known_initial_scale(group) is None:
+                    self._initial_scales[id(param)] = initial_scales[group_index]
+            scale = initial_scales[group_index]
+        state.complete(entry, param, options, scale, self.process_group is not None)
         if self.one_scale:
             own: Tensor = entry["lr_scale"]
             entry["lr_scale"] = self._scales.setdefault(own.device, own)
@@ -243,11 +240,15 @@ class AdamClara(Constructor, Optimizer):
             self._scales = state.shared_scales(states)
         return self._scales
 
-    def _initial_scale(self, group_index: int, options: Sequence[GroupOptions]) -> float | Tensor:
-        """mu of a parameter that was never stepped; found on the device, without waiting for it."""
+    def _initial_scale(self, group_index: int, inputs: StepInputs, in_step: bool) -> float | Tensor:
+        """mu of a parameter that was never stepped; found on the device, without waiting for it.
+
+        Args:
+            in_step: the ranks that share parameters have been joined, so that without `_ranks` there are none.
+        """
         if self.one_scale and (shared := self._shared_scales()):
             return next(iter(shared.values()))
-        own = options[group_index]
+        own = inputs.options[group_index]
         if not own.adapt_lr or own.initial_scale:
             return own.initial_scale if own.adapt_lr else 1.0
         known = None if self.one_scale else self._known_initial_scale(self.param_groups[group_index])
@@ -256,14 +257,13 @@ class AdamClara(Constructor, Optimizer):
         groups = list(range(len(self.param_groups))) if self.one_scale else [group_index]
         if self._ranks is not None:
             size = self._ranks.size(groups)
-        elif placement.needs_sums(self.param_groups, self.process_group):
-            return 1.0  # `lr_scales` before the first step: only the other ranks know
+        elif not in_step and placement.needs_sums(self.param_groups, self.process_group):
+            return 1.0  # before the first step: only the other ranks know
         else:
             params = [param for index in groups for param in self.param_groups[index]["params"]]
             size = state.size_of(list(filter(state.is_trained, params)) or params)
-        _, lrs = self._options.read(self.param_groups)
-        lr = largest_lr([coming_lr(lrs[index], self.param_groups[index], index) for index in groups], size.device)
-        return state.cautious_scale(size, lr, own)
+        lrs = [coming_lr(inputs.lrs[index], self.param_groups[index], index) for index in groups]
+        return state.cautious_scale(size, largest_lr(lrs, size.device), own)
 
     def _known_initial_scale(self, group: dict[str, Any]) -> float | Tensor | None:
         """What the group began with, as long as it has the parameter that did, and this has its state."""
@@ -281,9 +281,9 @@ class AdamClara(Constructor, Optimizer):
             not all on "meta", another one); a copy. A parameter that was never stepped has the scale that it would
             start with (1 where only other ranks know).
         """
-        options, _ = self._options.read(self.param_groups)
+        inputs = self._options.read(self.param_groups)
         self._scales = {}  # the states that held it may be gone
-        initial_scale = cache(lambda index: self._initial_scale(index, options))
+        initial_scale = cache(lambda index: self._initial_scale(index, inputs, in_step=False))
         return [
             self._group_scales(group["params"], partial(initial_scale, 0 if self.one_scale else index))
             for index, group in enumerate(self.param_groups)
@@ -312,7 +312,7 @@ class AdamClara(Constructor, Optimizer):
             as `lr_scales`: per param group a float32 tensor [number of parameters]; later steps do not change it.
         """
         effective = []
-        _, lrs = self._options.read(self.param_groups)
+        lrs = self._options.read(self.param_groups).lrs
         for lr, scales in zip(lrs, self.lr_scales(), strict=True):
             lr = moved(lr, scales.device).reshape(()).to(torch.float32) if isinstance(lr, Tensor) else lr
             effective.append(scales * lr)
@@ -392,7 +392,7 @@ class AdamClara(Constructor, Optimizer):
         for group, template in zip(groups, templates, strict=True):
             state.adopt_group(group, template, self.option_names)
             reader.normalize(group)
-        options, _ = reader.read(groups)
+        options = reader.read(groups).options
         process_group: placement.ProcessGroupReference = new.get("_process_group") or self._process_group
         all_elements = process_group.group is not None
         for group_index, group in enumerate(groups):
@@ -405,8 +405,8 @@ class AdamClara(Constructor, Optimizer):
                     )
         super().__setstate__(new)
         self._all_groups = self.param_groups
-        if not hasattr(self, "_core"):  # out of a pickle; else what CUDA graphs have captured has to stay
-            self._core = core_buckets.Gatherer()
+        if not hasattr(self, "_tables"):  # out of a pickle; else what CUDA graphs have captured has to stay
+            self._tables = core_buckets.Tables()
         self._forget_caches()
         self._initial_scales = {id(param): scale for param, scale in began}
         if self.one_scale:
@@ -419,8 +419,8 @@ _NO_STATE_IN_A_GRAPH = (
 )
 
 
-def _irregular(location: Location, param: Tensor) -> str:
-    problem = "fused=True: the compiled core does not serve parameters that share memory; use fused=None or fused=False"
+def _not_fused(location: Location, param: Tensor, what: str) -> str:
+    problem = f"fused=True: the compiled core does not serve {what}; use fused=None or fused=False"
     return f"{tensors.describe(*location, param)}: {problem}"
 
 

@@ -257,6 +257,22 @@ class GroupOptions:
         return math.log(self.beta2) if self.beta2 > 0.0 else -math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What a step reads beside the tensors."""
+
+    options: Sequence[GroupOptions]
+    """Per param group, checked."""
+    lrs: Sequence[float | Tensor]
+    """Per param group, checked; a tensor has one element, on any device."""
+    one_scale: bool
+    """AdamClaraGlobal: one learning-rate scale follows the evidence of all tensors."""
+    grad_scale: Tensor | None
+    """A GradScaler's, one element; gradients are to be divided by it."""
+    found_inf: Tensor | None
+    """A GradScaler's, one element; where it is not 0 nothing is changed."""
+
+
 def _frozen(value: Any) -> Any:
     """A value that cannot change in place and compares by value. A list stays unequal to it, so it is always reread."""
     if isinstance(value, (list, tuple)):
@@ -284,22 +300,34 @@ class OptionReader:
         self._seen: list[Any] = []
         self._read: list[GroupOptions] = []
 
-    def read(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[GroupOptions], list[float | Tensor]]:
-        """Options and learning rates of all groups; a rate is a tensor where only a device knows its value.
+    def read(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | float | None = None,
+    ) -> StepInputs:
+        """What a step reads beside the tensors; a learning rate is a tensor where only a device knows its value.
 
         Raises:
             ValueError, TypeError: names group and option.
         """
         values = [self._values(group) for group in groups]
-        if values != self._seen:
+        try:
+            changed = values != self._seen
+        except (ValueError, RuntimeError):  # an array or tensor among them, which has no truth value; refused below
+            changed = True
+        if changed:
             self._read = [self.read_group(group, index) for index, group in enumerate(groups)]
             if self._one_for_all:
                 self._check_equal(groups)
             self._seen = [_frozen(each) for each in values]
         lrs = [group["lr"] for group in groups]
-        return self._read, [
-            lr if type(lr) is float and lr >= 0.0 else _read_lr(lr, index) for index, lr in enumerate(lrs)
+        lrs = [lr if type(lr) is float and lr >= 0.0 else _read_lr(lr, index) for index, lr in enumerate(lrs)]
+        amp = [
+            torch.full((), each, dtype=torch.float32, device="cpu") if isinstance(each, (int, float)) else each
+            for each in (grad_scale, found_inf)
         ]
+        return StepInputs(self._read, lrs, self._one_for_all, *amp)
 
     def read_group(self, group: Mapping[str, Any], index: int) -> GroupOptions:
         """Options of one group, and a check of its learning rate; see `read`."""

@@ -6,14 +6,13 @@ Words: a *tensor* is a parameter with its gradient and state, a *bucket* holds t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import adaptation
-from .options import GroupOptions
+from .options import StepInputs
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -35,22 +34,6 @@ class TensorWork(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """What a step reads beside the tensors."""
-
-    options: Sequence[GroupOptions]
-    """Per param group, checked."""
-    lrs: Sequence[float | Tensor]
-    """Per param group, checked; a tensor has one element, on any device."""
-    grad_scale: Tensor | None
-    """A GradScaler's, one element; gradients are to be divided by it."""
-    found_inf: Tensor | None
-    """A GradScaler's, one element; where it is not 0 nothing is changed."""
-    one_scale: bool
-    """AdamClaraGlobal: one learning-rate scale follows the evidence of all tensors."""
 
 
 class Bucket(Protocol):

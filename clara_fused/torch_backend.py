@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import adaptation, profiling, tensors
-from .options import GroupOptions, readable
+from .options import GroupOptions, StepInputs, readable
 from .scalars import TensorScalars, distribute
 from .state import MOMENTS, WHOLE, Sample, in_storage_order, moment_dtype, sample_of_path
-from .step import Location, StepInputs, TensorWork, adapt_one_scale, moved
+from .step import Location, TensorWork, adapt_one_scale, moved
 
 # Bytes of an array of a block. On the CPU all of them, about a dozen, are to stay in the last cache; a GPU wants few,
 # large launches.

@@ -24,9 +24,7 @@ namespace clara {
 // ---------------------------------------------------------------------------------------------------------------
 
 #define CLARA_GROUP_OPTIONS(X)                                                                                   \
-  X(lr)                                                                                                          \
   X(beta1) X(beta2)                                                                                              \
-  X(log_beta1) X(log_beta2) /* natural logarithms, -inf for 0 */                                                 \
   X(eps) X(weight_decay) X(maximize) X(decoupled_weight_decay)                                                   \
   X(smoothing) X(damping)                                                                                        \
   X(reference) /* 0: the random walk; else what path^2 of one element is compared with */                        \
@@ -37,6 +35,8 @@ struct GroupOptions {
 #define CLARA_MEMBER(name) double name;
   CLARA_GROUP_OPTIONS(CLARA_MEMBER)
 #undef CLARA_MEMBER
+  double log_beta1, log_beta2;  // natural logarithms, -inf for 0
+  double lr;
   const void* lr_tensor;        // one element on the tensors' device, in place of lr; null: lr it is
   int64_t lr_tensor_is_double;  // float64 instead of float32
 };

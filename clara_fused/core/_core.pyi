@@ -4,33 +4,26 @@ A core is built for this text and refused beside any other (loading.py), so that
 never called. What changes the meaning of a call and not its declaration has to be said here for that reason as well.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
+
+from ..options import GroupOptions
 
 version: str
 interface: str
-OPTION_NAMES: tuple[str, ...]
-
-class GroupTable:
-    """Options of the param groups, as one device sees them. Setting them does not change running kernels."""
-
-    def __init__(self, group_count: int) -> None: ...
-    def set(self, group: int, values: list[float], lr_tensor: int, lr_tensor_is_double: bool) -> None:
-        """One value for each of OPTION_NAMES; flags are 0 or 1, reference 0 is the random walk, clip None is 0, inf.
-
-        `lr_tensor`: one element on the device, which is read in place of lr; 0: lr it is.
-        """
 
 class Bucket:
     """The tensors of one device and storage types in one step. Owns gradients and state until it dies."""
 
     @property
-    def device(self) -> tuple[str, int]: ...
+    def device(self) -> str: ...
     @property
     def locations(self) -> list[tuple[int, int]]: ...
     @property
     def params(self) -> list[Any]: ...
     def __len__(self) -> int: ...
-    def set_inputs(self, groups: GroupTable, grad_scale: int, found_inf: int) -> None: ...
+    def set_inputs(self, options: Sequence[GroupOptions], lrs: list[Any], grad_scale: int, found_inf: int) -> None:
+        """Per param group its options and its lr: a float, or (address, is float64) where the device has it."""
     def memory_sizes(self) -> tuple[int, int]:
         """CUDA: bytes the bucket needs on the device, and how many of them, the first, `write_table` fills."""
     def write_table(self, host_memory: int) -> None: ...

@@ -7,16 +7,16 @@ remembered of them but tables on CUDA devices.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import profiling
 from ..adaptation import Evidence, PathSums
-from ..options import GroupOptions
-from ..step import Location, StepInputs, moved
+from ..options import StepInputs
+from ..step import Location, moved
 from . import loading
 
 if TYPE_CHECKING:
@@ -26,41 +26,13 @@ if TYPE_CHECKING:
 _MAX_TABLES = 16
 
 
-class Gatherer:
-    """Finds an optimizer's tensors at every step and makes buckets of them; holds what is kept between steps."""
+class Tables:
+    """What an optimizer keeps on CUDA devices between steps."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[str, int], _Groups] = {}  # by device; as they are in the step that is being taken
         self._tables: list[_Table] = []
         # Tables that a CUDA graph has captured: its replays read them. They stay as they are.
         self._captured: list[_Table] = []
-
-    def gather(
-        self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        inputs: StepInputs,
-        scales: Mapping[torch.device, Tensor] | None,
-    ) -> tuple[list[CoreBucket], Sequence[Location]]:
-        """Buckets of all tensors that the core can step; there has to be a core.
-
-        Args:
-            scales: the tensors that hold AdamClaraGlobal's one scale, by device; None for the other optimizers.
-
-        Returns:
-            the buckets, and where those parameters are that have a gradient and cannot be stepped by the core as they
-            are.
-        """
-        found: list[_core.Bucket]
-        found, irregular = loading.core_or_warning().gather(
-            param_groups, state, None if scales is None else list(scales.values())
-        )
-        for device in {bucket.device for bucket in found}:
-            groups = self.groups.get(device)
-            if groups is None or groups.count != len(inputs.options):
-                groups = self.groups[device] = _Groups(device, len(inputs.options))
-            groups.update(inputs)
-        return [CoreBucket(bucket, self, inputs) for bucket in found], [Location(*each) for each in irregular]
 
     def table_of(self, bucket: _core.Bucket, device: torch.device) -> _Table:  # pragma: no cover (needs a GPU)
         """A table on the device that describes the bucket: one of an earlier step, or a new one."""
@@ -90,20 +62,21 @@ _NEW_TABLE_IN_A_GRAPH = (
 class CoreBucket:
     """Tensors, of any groups, that share device and dtypes; implements `step.Bucket`."""
 
-    def __init__(self, bucket: _core.Bucket, gatherer: Gatherer, inputs: StepInputs) -> None:
+    def __init__(self, bucket: _core.Bucket, tables: Tables, inputs: StepInputs) -> None:
         self._bucket = bucket
-        groups = gatherer.groups[bucket.device]
-        self.device = groups.device
+        self.device = torch.device(bucket.device)
         # What a launch reads by address has to live as long as the bucket.
         self._amp = [
             value if value is None else moved(value, self.device).to(torch.float32)
             for value in (inputs.grad_scale, inputs.found_inf)
         ]
-        bucket.set_inputs(groups.table, *(0 if value is None else value.data_ptr() for value in self._amp))
+        self._lrs = [_on_device(lr, self.device) if isinstance(lr, Tensor) else lr for lr in inputs.lrs]
+        lrs = [(lr.data_ptr(), lr.dtype == torch.float64) if isinstance(lr, Tensor) else lr for lr in self._lrs]
+        bucket.set_inputs(inputs.options, lrs, *(0 if value is None else value.data_ptr() for value in self._amp))
         # Number of threads, and CUDA stream, of every operation.
         self._launch = torch.get_num_threads(), 0
         if self.device.type == "cuda":  # pragma: no cover (needs a GPU)
-            self._table = gatherer.table_of(bucket, self.device)  # as long as the bucket
+            self._table = tables.table_of(bucket, self.device)  # as long as the bucket
             self._launch = 0, torch._C._cuda_getCurrentRawStream(self.device.index)
 
     @property
@@ -140,34 +113,9 @@ class CoreBucket:
         torch.autograd.graph.increment_version(self._bucket.params)
 
 
-class _Groups:
-    """The options of all param groups, as the core keeps them for one device."""
-
-    def __init__(self, device: tuple[str, int], count: int) -> None:
-        core = loading.core_or_warning()
-        self.table: _core.GroupTable = core.GroupTable(count)
-        self.count = count
-        self._names: tuple[str, ...] = core.OPTION_NAMES
-        self.device = torch.device("cpu") if device[0] == "cpu" else torch.device(*device)
-        self._seen: list[tuple[GroupOptions, float | Tensor] | None] = [None] * count
-        self._lr_tensors: list[Tensor | None] = [None] * count
-
-    def update(self, inputs: StepInputs) -> None:
-        """Take over what has changed since the last step."""
-        for group, (options, lr) in enumerate(zip(inputs.options, inputs.lrs, strict=True)):
-            tensor = self._on_device(lr) if isinstance(lr, Tensor) else None
-            if tensor is None and self._seen[group] == (options, lr):
-                continue
-            number = 0.0 if isinstance(lr, Tensor) else lr
-            values = [number if name == "lr" else float(getattr(options, name)) for name in self._names]
-            address, is_double = (0, False) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.float64)
-            self.table.set(group, values, address, is_double)
-            self._seen[group] = None if tensor is not None else (options, lr)
-            self._lr_tensors[group] = tensor  # as long as the table names it
-
-    def _on_device(self, lr: Tensor) -> Tensor:
-        lr = moved(lr.detach(), self.device)
-        return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
+def _on_device(lr: Tensor, device: torch.device) -> Tensor:
+    lr = moved(lr.detach(), device)
+    return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float64)
 
 
 class _Table:  # pragma: no cover (needs a GPU)

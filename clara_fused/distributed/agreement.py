@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..step import Location, StepInputs, moved
+from ..options import StepInputs
+from ..step import Location, moved
 from .collectives import Collective, collectives_per_mesh, merged, on_device, sending_device
 from .placement import Placed, holds_fsdp1_shards, is_fsdp1_shard, place, shards_of
 

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 
 from .. import adaptation
+from ..options import StepInputs
 from ..scalars import TensorScalars
 from ..state import SCALARS, is_trained, names_of, size_of
-from ..step import Bucket, Location, StepInputs, moved
+from ..step import Bucket, Location, moved
 from ..tensors import check_placements
 from .agreement import CHECKSUM_BITS, DisagreementWatch, RanksDisagreeError, agreed_collectives
 from .collectives import Collective, on_device
 from .dtensors import place_gradient
+from .foreign import check_shards
 from .placement import ParamGroups, holds_fsdp1_shards, located, needs_sums, signature_of
 
 if TYPE_CHECKING:
@@ -48,12 +50,15 @@ def join(optimizer: Any, inputs: StepInputs) -> tuple[RankSums | None, StepInput
         RuntimeError: the process group was lost in a pickle.
         ValueError: a parameter is placed in a way that cannot be stepped.
     """
-    held = optimizer._process_group
-    if held.lost:
-        raise RuntimeError(
-            "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
-        )
-    groups, process_group = optimizer.param_groups, held.group
+    groups, held = optimizer.param_groups, optimizer._process_group
+    process_group = held.group
+    if not optimizer._shards_are_checked:
+        if held.lost:
+            raise RuntimeError(
+                "this optimizer was unpickled, and its process_group is lost: set optimizer.process_group first"
+            )
+        check_shards(groups, optimizer._all_groups, process_group, optimizer.one_scale)
+        optimizer._shards_are_checked = True
     if not needs_sums(groups, process_group):
         optimizer._ranks = None
         return None, inputs
@@ -175,7 +180,7 @@ class RankSums:
         return entry if entry and all(name in entry for name in names) else None
 
     def _create_state(self, location: Location) -> dict[str, Any]:
-        return self._optimizer()._create_state(location)  # type: ignore[union-attr, no-any-return]
+        return self._optimizer()._create_state(location, self._inputs, {})  # type: ignore[union-attr, no-any-return]
 
     def _any_state(self) -> dict[str, Any] | None:
         return next((entry for location in self._params if (entry := self._state_of(location))), None)

@@ -3,8 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -29,26 +30,26 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-constexpr size_t kOptions = offsetof(GroupOptions, lr_tensor) / sizeof(double);  // they are the first members
-
-// Options of the param groups of an optimizer, as one device sees them.
-class GroupTable {
- public:
-  explicit GroupTable(size_t group_count) : options_(group_count) {}
-
-  void set(size_t group, const std::vector<double>& values, Address lr_tensor, bool lr_tensor_is_double) {
-    if (values.size() != kOptions) throw py::value_error("expected one value for each of OPTION_NAMES");
-    GroupOptions& options = options_.at(group);
-    std::memcpy(static_cast<void*>(&options), values.data(), kOptions * sizeof(double));
-    options.lr_tensor = pointer<const void>(lr_tensor);
-    options.lr_tensor_is_double = lr_tensor_is_double;
+// The options of one param group: a clara_fused.options.GroupOptions, and its learning rate. Where a device has that: an
+// address, and whether it is of a float64 (else a float32).
+GroupOptions group_options(py::handle fields, py::handle lr) {
+  GroupOptions options{};
+#define CLARA_READ(name)                                                      \
+  static PyObject* const name##_text = PyUnicode_InternFromString(#name);     \
+  options.name = fields.attr(py::handle(name##_text)).cast<double>();
+  CLARA_GROUP_OPTIONS(CLARA_READ)
+#undef CLARA_READ
+  options.log_beta1 = std::log(options.beta1);
+  options.log_beta2 = std::log(options.beta2);
+  if (PyFloat_Check(lr.ptr())) {
+    options.lr = py::cast<double>(lr);
+  } else {
+    const auto [address, is_double] = py::cast<std::pair<Address, bool>>(lr);
+    options.lr_tensor = pointer<const void>(address);
+    options.lr_tensor_is_double = is_double;
   }
-
-  const std::vector<GroupOptions>& options() const { return options_; }
-
- private:
-  std::vector<GroupOptions> options_;
-};
+  return options;
+}
 
 // The tensors of one device and storage types in one step.
 class Bucket {
@@ -67,7 +68,7 @@ class Bucket {
   int64_t size() const { return static_cast<int64_t>(tensors_.records.size()); }
   const std::vector<Location>& locations() const { return tensors_.locations; }
 
-  std::pair<const char*, int32_t> device() const { return {is_on_cuda() ? "cuda" : "cpu", tensors_.device.index}; }
+  std::string device() const { return is_on_cuda() ? "cuda:" + std::to_string(tensors_.device.index) : "cpu"; }
 
   py::list params() const {
     py::list objects(tensors_.params.size());
@@ -75,11 +76,16 @@ class Bucket {
     return objects;
   }
 
-  // And the scalars of a GradScaler, float32 on the device, or 0.
-  void set_inputs(std::shared_ptr<const GroupTable> groups, Address grad_scale, Address found_inf) {
-    groups_ = std::move(groups);
-    list_.groups = groups_->options().data();
-    list_.group_count = static_cast<int64_t>(groups_->options().size());
+  // Options and learning rates of all param groups; the scalars of a GradScaler, float32 on the device, or 0.
+  void set_inputs(const py::list& options, const py::list& lrs, Address grad_scale, Address found_inf) {
+    const auto known = [&](const TensorRecord& tensor) { return tensor.group < static_cast<int64_t>(options.size()); };
+    if (lrs.size() != options.size() || !std::all_of(tensors_.records.begin(), tensors_.records.end(), known)) {
+      throw py::value_error("expected options and a learning rate for every param group");
+    }
+    groups_.clear();
+    for (size_t i = 0; i < options.size(); ++i) groups_.push_back(group_options(options[i], lrs[i]));
+    list_.groups = groups_.data();
+    list_.group_count = static_cast<int64_t>(groups_.size());
     list_.grad_scale = pointer<const float>(grad_scale);
     list_.found_inf = pointer<const float>(found_inf);
   }
@@ -114,7 +120,7 @@ class Bucket {
   bool is_on_cuda() const { return tensors_.device.is_cuda; }
 
   GatheredBucket tensors_;
-  std::shared_ptr<const GroupTable> groups_;
+  std::vector<GroupOptions> groups_;
   TensorList list_{};
   Address memory_ = 0;
 };
@@ -171,17 +177,13 @@ PYBIND11_MODULE(_core, m) {
   using namespace clara::python;
   m.doc() = "Compiled core of clara_fused: gather, measure, adapt and update on raw memory.";
 
-  py::class_<GroupTable, std::shared_ptr<GroupTable>>(m, "GroupTable")
-      .def(py::init<size_t>(), py::arg("group_count"))
-      .def("set", &GroupTable::set, py::arg("group"), py::arg("values"), py::arg("lr_tensor"),
-           py::arg("lr_tensor_is_double"));
-
   py::class_<Bucket, std::shared_ptr<Bucket>>(m, "Bucket")
       .def_property_readonly("device", &Bucket::device)
       .def_property_readonly("locations", &Bucket::locations)
       .def_property_readonly("params", &Bucket::params)
       .def("__len__", &Bucket::size)
-      .def("set_inputs", &Bucket::set_inputs, py::arg("groups"), py::arg("grad_scale"), py::arg("found_inf"))
+      .def("set_inputs", &Bucket::set_inputs, py::arg("options"), py::arg("lrs"), py::arg("grad_scale"),
+           py::arg("found_inf"))
       .def("memory_sizes", &Bucket::memory_sizes)
       .def("write_table", &Bucket::write_table, py::arg("host_memory"))
       .def("table_equals", &Bucket::table_equals, py::arg("host_memory"))
@@ -193,9 +195,6 @@ PYBIND11_MODULE(_core, m) {
 
   m.attr("version") = CLARA_VERSION;
   m.attr("interface") = CLARA_INTERFACE;
-#define CLARA_NAME(name) #name,
-  m.attr("OPTION_NAMES") = py::tuple(py::cast(std::vector<std::string>{CLARA_GROUP_OPTIONS(CLARA_NAME)}));
-#undef CLARA_NAME
   m.def("gather", &gather_buckets, py::arg("param_groups"), py::arg("state"), py::arg("scales"));
   const auto supports_numbered = [](bool on_cuda, int param, int grad) {
     return supports(on_cuda, static_cast<DType>(param), static_cast<DType>(grad));

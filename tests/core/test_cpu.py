@@ -7,7 +7,6 @@ The formulas are covered by the C++ test, and by the tests that run every optimi
 from __future__ import annotations
 
 import gc
-import math
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +23,9 @@ import torch
 from helpers import SCALARS, VARIANTS, core_available
 from torch import Tensor
 from torch.nn import Parameter
+
+from clara_fused import AdamClaraSmoothed
+from clara_fused.options import OPTIONS, GroupOptions, OptionReader
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -177,16 +180,14 @@ def irregular(
 def step_once(params: list[Parameter], state: State, amsgrad: bool = False, **options: float) -> None:
     core = core_module()
     values = {
-        "lr": 0.1, "beta1": 0.9, "beta2": 0.999, "log_beta1": math.log(0.9), "log_beta2": math.log(0.999),
-        "eps": 1e-8, "smoothing": 0.05, "damping": 0.5, "clip_low": 0.5, "clip_high": 1.05, "scale_low": 1e-8,
-        "scale_high": 1e8, **options,
+        "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "smoothing": 0.05, "damping": 0.5, "clip_low": 0.5,
+        "clip_high": 1.05, "scale_low": 1e-8, "scale_high": 1e8, **options,
     }  # fmt: skip
-    table = core.GroupTable(1)
-    table.set(0, [float(values.get(name, 0.0)) for name in core.OPTION_NAMES], 0, False)
+    group = SimpleNamespace(**{name: values.get(name, 0.0) for name in GroupOptions.__dataclass_fields__})
     buckets, others = core.gather([{"params": params, "amsgrad": amsgrad}], state, None)
     assert not others
     for bucket in buckets:
-        bucket.set_inputs(table, 0, 0)
+        bucket.set_inputs([group], [0.1], 0, 0)
         bucket.step(2, 0)
 
 
@@ -308,7 +309,7 @@ def test_buckets_are_sorted_and_tell_their_tensors() -> None:
     groups = [{"params": [params[0], idle]}, {"params": params[1:]}]
     buckets, _ = core.gather(groups, {param: state_of(param) for param in params}, None)
     assert [bucket.locations for bucket in buckets] == [[(1, 1), (1, 2)], [(1, 0)], [(0, 0)]]
-    assert all(bucket.device == ("cpu", -1) for bucket in buckets)
+    assert all(bucket.device == "cpu" for bucket in buckets)
     assert all(a is b for a, b in zip(buckets[0].params, params[2:], strict=True))
     assert len(buckets[0]) == 2
 
@@ -378,9 +379,14 @@ def test_without_adaptation_the_core_is_adam(amsgrad: bool) -> None:
 
 
 @needs_core
-def test_tables_refuse_what_does_not_fit() -> None:
-    core = core_module()
-    with pytest.raises(ValueError, match="OPTION_NAMES"):
-        core.GroupTable(1).set(0, [1.0], 0, False)
-    with pytest.raises(IndexError):
-        core.GroupTable(1).set(1, [0.0] * len(core.OPTION_NAMES), 0, False)
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    param = Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    (bucket,), _ = core_module().gather([{"params": [param], "amsgrad": False}], {param: state_of(param)}, None)
+    group = OptionReader(OPTIONS, False).read([AdamClaraSmoothed([param]).param_groups[0]]).options[0]
+    for options, lrs, error in (
+        ([], [], ValueError), ([group], [], ValueError), ([object()], [0.1], AttributeError),
+        ([group], ["0.1"], RuntimeError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            bucket.set_inputs(options, lrs, 0, 0)

@@ -196,7 +196,7 @@ def test_verbs_one_by_one_do_what_a_step_does(variant: str, device: torch.device
                 optimizer.step()
                 continue
             with torch.no_grad():
-                inputs = optimizer._read_inputs()
+                inputs = optimizer._options.read(optimizer.param_groups)
                 (bucket,) = optimizer._gather(inputs)
                 evidence = bucket.adapt(bucket.measure())
                 if variant == "Global":

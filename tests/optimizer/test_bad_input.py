@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -20,6 +21,7 @@ from helpers import (
     VARIANTS,
     StepCheck,
     all_params,
+    core_available,
     parameters,
     set_gradients,
     snapshot,
@@ -112,6 +114,18 @@ def test_option_refused_by_add_param_group(variant: str, name: str, value: Any, 
     with pytest.raises((ValueError, TypeError), match=rf"param group 1\b.*{re.escape(message)}"):
         optimizer.add_param_group({"params": parameters([(3,)]), name: value})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("betas", np.array([0.9, 0.99])), ("eps", torch.tensor([1e-8, 1e-8]))])
+def test_an_array_between_two_steps_is_refused_like_any_other_value(
+    name: str, value: Any, variant: str, fused: bool
+) -> None:
+    """It has no truth value when it is compared with the option of the last step."""
+    optimizer = VARIANTS[variant](parameters(), fused=fused)
+    train(optimizer, 2)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises((TypeError, ValueError), match=f"param group 0: .*{name}"):
+        train(optimizer, 1)
 
 
 @pytest.mark.parametrize(("variant", "name", "value", "message"), option_cases())
@@ -472,6 +486,20 @@ for variant in VARIANTS:
     VARIANTS[variant](params, fused=None).step()
     print(message)
 """
+
+
+@pytest.mark.skipif(not core_available(), reason="needs the compiled core")
+def test_fused_says_that_it_cannot_read_the_state(variant: str) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    optimizer = VARIANTS[variant](parameters(), fused=True)
+    train(optimizer, 1)
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    state["exp_avg"] = state["exp_avg"].as_subclass(Own)
+    set_gradients(optimizer.param_groups[0]["params"], 1)
+    with pytest.raises(RuntimeError, match=r"param group 0, parameter 1 .*fused=True: .* state of this kind"):
+        optimizer.step()
 
 
 @pytest.mark.slow

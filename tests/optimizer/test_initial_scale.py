@@ -13,6 +13,7 @@ import torch
 from helpers import VARIANTS, StepCheck, clones, parameters, set_gradients, train
 from torch import nn
 
+from clara_fused.distributed import placement, sharding
 from clara_fused.integrations.telemetry import current_lrs, scale_figures
 
 
@@ -311,3 +312,33 @@ def test_who_joins_a_copy_begins_as_the_others_did(copied: Callable[[Any], Any],
     began = optimizer.lr_scales()[0].tolist()
     assert began[0] == began[1]
     assert twin.lr_scales()[0].tolist() == began
+
+
+def test_a_first_step_looks_at_groups_and_parameters_once(
+    variant: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all groups for each parameter, nor all parameters of its group: models have thousands of either."""
+    optimizer = VARIANTS[variant]([{"params": parameters([(3,)] * 10)} for _ in range(5)], fused=fused)
+    calls: dict[str, int] = {}
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(optimizer, "_known_initial_scale")
+    count(optimizer._options, "read")
+    count(sharding, "needs_sums")
+    count(placement, "needs_sums")
+    last = optimizer.param_groups[0]["params"][-1]
+    set_gradients([last], 0)
+    optimizer.step()
+    for group in optimizer.param_groups:  # unfreezes the others
+        set_gradients(group["params"], 1)
+    optimizer.step()
+    assert calls.pop("_known_initial_scale", 0) <= 2 * 2 + 2 * 4
+    assert all(count <= 2 for count in calls.values()), calls

@@ -73,14 +73,10 @@ def test_the_core_reads_options_by_the_names_of_the_table() -> None:
     text = (CSRC / "adam_clara.h").read_text()
     listed = text[text.index("#define CLARA_GROUP_OPTIONS") : text.index("struct GroupOptions")]
     names = [name for name in re.findall(r"X\((\w+)\)", listed) if name != "X"]
-    known = set(GroupOptions.__dataclass_fields__) | {"log_beta1", "log_beta2", "lr"}
+    known = set(GroupOptions.__dataclass_fields__)
     assert set(names) <= known
     # Which elements have a path and where a scale starts is settled in Python.
     assert known - set(names) <= {"amsgrad", "initial_scale", "path_fraction"}
-    if core_available():
-        from clara_fused.core import _core
-
-        assert list(_core.OPTION_NAMES) == names
 
 
 def words_of_python(path: Path) -> set[str]:
@@ -215,7 +211,7 @@ def calls_of_a_steady_step(variant: str, tensors: int, plain: bool = False) -> l
     return called
 
 
-MOST_FUNCTIONS = 12  # version 1 passed 35
+MOST_FUNCTIONS = 8  # version 1 passed 35
 
 
 @pytest.mark.skipif(not core_available(), reason="needs the compiled core")
