@@ -67,13 +67,13 @@ class PathSums(NamedTuple):
 class Walk(NamedTuple):
     """What N is expected to be if every new gradient is independent of the past; zeros at first.
 
-    Kept so that a change of the weights d leaves it as it is: what is expected of a length is kept over the length
-    itself, which the next step measures anew with its own weights. And x, the cosine of the angle between the path and
-    the gradient that comes next.
+    The weights d change with every step, and every length with them. So what is stored is what a length is expected to
+    be over what it is, and the next step multiplies that with lengths by its own weights. And x, the cosine of the
+    angle between the path and the gradient that comes next.
     """
 
     moment_sq: Tensor  # V / W: V the expected sum of d m~^2, W the sum itself
-    path_moment: Tensor  # (C / n)^(1/2): C the expected sum of path m. The root of what floats hold is a float
+    path_moment: Tensor  # (C / n)^(1/2): C the expected sum of path m; it may itself leave the range of floats
     path_sq: Tensor  # P / N: P the expected sum of d path^2
     grad_peak: Tensor  # M, the largest G / D of the last dozens of steps
     cosine: Tensor  # x
@@ -154,9 +154,9 @@ def expected_moment_sq(
     """What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past; `walk_moment_sq`: V / W so far.
 
     Of both parts of m~, what is kept and what is gained, the squares and twice the product. The product of m_before and
-    the gradient has mean 0; over d it has not, for d is made of this gradient as well, and where that is skewed it
-    shows. But it has over anything that was known before: d_before, or abs(m_before), which that is not to be less than
-    (of a v that forgets at once it may be next to nothing). Overwrites d_before.
+    the gradient has mean 0. Divided by d it has not: d depends on this gradient too, which shows where gradients are
+    skewed. Divided by a number that was known before the gradient came it has: by the larger of d_before and
+    abs(m_before), since d_before may be next to nothing where v forgets at once. Overwrites d_before.
     """
     # Without eps 0 / 0 at a first step, where nobody asks for it.
     known = torch.div(m_before, d_before, out=d_before).clamp_(-1.0, 1.0)

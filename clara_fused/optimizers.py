@@ -115,7 +115,8 @@ class AdamClara(Constructor, Optimizer):
             ValueError, TypeError, RuntimeError: bad options, gradients or state, or ``fused=True`` cannot be served;
                 nothing has been changed then.
             RuntimeError: another rank that shares parameters cannot take its step, or has other hyperparameters; the
-                paths may have taken up the gradients then.
+                paths may have taken up the gradients then, and where AdamClaraGlobal sums over `process_group`, steps
+                and walks as well.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._gradients_are_placed = False  # see RankSums.fail
@@ -427,8 +428,8 @@ def _not_fused(location: Location, param: Tensor, what: str) -> str:
 def _refuse_duplicates(works: Iterable[TensorWork]) -> None:
     """Check that no parameter has been put into a group again, after the group was made.
 
-    Adam steps it twice in a row; one scale follows all tensors at once. The core hands such parameters over to PyTorch,
-    so that its own steps need not look for them.
+    Adam steps it twice in a row. Under one scale all tensors are measured before any is updated, so that there is no
+    "in a row". The core hands such parameters over to PyTorch, so that its own steps need not look for them.
     """
     first: dict[int, Location] = {}
     for location, param, *_ in works:

@@ -131,7 +131,8 @@ def as_number(value: object) -> float | None:
     if isinstance(value, Real):
         return float(value)
     if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool else None
+        is_real = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        return float(value.detach()) if is_real else None
     if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 and value.dtype.kind in "fiu":  # a numpy array
         return float(value.item())  # type: ignore[attr-defined]
     return None

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from .adaptation import Walk, fixed_order_sum, scalar_dtype
 from .distributed import dtensors
 from .options import GroupOptions
 from .step import moved
-from .tensors import describe, have_equal_layout, is_dense
+from .tensors import describe, have_equal_layout, is_dense, is_plain
 
 State = MutableMapping[str, Any]
 
@@ -191,10 +191,10 @@ def complete(
 
     Expects `check` to have passed.
     """
-    kept = all(name in state for name in ("path", *WALK)) and sample_of_path(param, state["path"]) is not None
-    if kept and state["path"].shape != param.shape and _lies_otherwise(state["exp_avg"], param):
-        kept = False  # a sample in storage order: of other elements now
-    if not kept:  # a path and what is expected of it start together
+    path_stays = all(name in state for name in ("path", *WALK)) and sample_of_path(param, state["path"]) is not None
+    if path_stays and state["path"].shape != param.shape and _lies_otherwise(state["exp_avg"], param):
+        path_stays = False  # a sample goes by storage order: in the new layout it would be of other elements
+    if not path_stays:  # a path and what is expected of it start together
         for name in ("path", *WALK):
             state.pop(name, None)
     for name in names_of(options.amsgrad):
@@ -245,7 +245,7 @@ def size_of(params: Sequence[Tensor]) -> Tensor:
         try:
             squares.append(moved(_sum_of_squares(part), device))
         except (RuntimeError, TypeError, AttributeError):
-            if type(part) in (Tensor, Parameter):
+            if is_plain(part):
                 raise
             continue  # a subclass that only its own kernels can read
         numel += part.numel()

@@ -16,7 +16,7 @@ from .options import StepInputs
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. Only a copy to the CPU waits: its reader would not."""
+    """The tensor on `device`. A copy to a GPU does not wait; one to the CPU does, because it may be read at once."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 

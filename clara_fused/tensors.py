@@ -122,6 +122,11 @@ def have_equal_layout(first: Tensor, second: Tensor) -> bool:
     )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is of no subclass but `nn.Parameter`."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether only the tensor's class knows what operations do with it, and where its elements are (quantized, say)."""
     return type(local(tensor)).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -143,8 +148,7 @@ def overlapping(params: Sequence[Tensor]) -> set[int]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    kind = type(tensor)
-    return (kind is torch.nn.Parameter or kind is Tensor) and tensor.device.type != "meta"
+    return is_plain(tensor) and tensor.device.type != "meta"
 
 
 def _span(tensor: Tensor) -> int:

@@ -85,8 +85,8 @@ class TorchBucket:
         with profiling.range_of("measure", len(self._works)):
             coefficients = _Coefficients(self, *self._bias_corrections, self._scalars.column("walk_moment_sq"))
             sums = torch.cat([self._measure_unit(unit, coefficients) for unit in self._blocks(sampled=True)], dim=1)
-            # As arguments of kernels: a copy from the host would wait, and a CUDA graph would repeat it from memory
-            # that has long been somebody else's.
+            # Filled in by kernels that have the number as an argument: a copy from the host would wait, and a CUDA
+            # graph would repeat it from memory that by then belongs to something else.
             numels = [sums.new_full((len(unit),), unit[0].param.numel()) for unit in self._units]
             return torch.cat([sums, torch.cat(numels).unsqueeze(0)]).T
 
@@ -328,13 +328,10 @@ def _units_of(works: Sequence[TensorWork]) -> list[list[TensorWork]]:
     units: dict[Any, list[TensorWork]] = {}
     for index, work in enumerate(works):
         param, path = work.param, work.state["path"]
-        plain = type(param) in _PLAIN and type(work.grad) in _PLAIN and not param.is_neg()
+        plain = tensors.is_plain(param) and tensors.is_plain(work.grad) and not param.is_neg()
         key = param.shape if plain and param.numel() <= _SMALL and path.shape == param.shape else index
         units.setdefault(key, []).append(work)
     return list(units.values())
-
-
-_PLAIN = (torch.nn.Parameter, Tensor)
 
 
 def _stacks(unit: list[TensorWork], start: int, limit: int, names: Sequence[str]) -> Iterator[_Block]:

@@ -196,10 +196,10 @@ CLARA_HD void add(ElementSums<V>& sums, const ElementSums<W>& more) {
 }
 
 // What m~^2 = (m/d)^2 is expected to be if the gradient is independent of the past: of both parts of m~, what is kept
-// and what is gained, the squares and twice the product. The product of m_before and the gradient has mean 0; over d it
-// has not, for d is made of this gradient as well, and where that is skewed (rarely large and positive, else a little
-// negative, say) it shows. But it has over anything that was known before: d_before, or |m_before|, which that is not to
-// be less than (of a v that forgets at once it may be next to nothing).
+// and what is gained, the squares and twice the product. The product of m_before and the gradient has mean 0. Divided by
+// d it has not: d depends on this gradient too, which shows where gradients are skewed (rarely large and positive, else
+// a little negative, say). Divided by a number that was known before the gradient came it has: by the larger of d_before
+// and |m_before|, since d_before may be next to nothing where v forgets at once.
 template <typename V, typename T>
 CLARA_HD V expected_moment_sq(V m_before, V d_before, V unit_m, V unit_grad, const MeasureCoefficients<T>& c) {
   const V gained = c.adam.one_minus_beta1 * unit_grad, kept = unit_m - gained;
@@ -248,11 +248,11 @@ static_assert(sizeof(PathSums) == (kSums + 1) * sizeof(double), "columns");
 
 // What N is expected to be if every new gradient is independent of the past: a walk whose steps are as long as the
 // gradients that came, in whatever pattern they came; and how long these were at most. Kept in the state, 0-dim float32
-// each, zeros before the first step; and kept so that a change of the weights d leaves it as it is: what is expected of a
-// length is kept over the length itself, which the next step measures anew with its own weights.
+// each, zeros before the first step. The weights d change with every step, and every length with them. So what is stored
+// is what a length is expected to be over what it is, and the next step multiplies that with lengths by its own weights.
 struct WalkState {
   float moment_sq;    // V / W; V: expected sum of d m~^2, and W the sum itself
-  float path_moment;  // (C / n)^(1/2); C: expected sum of path m, of no weight. The root of what floats hold is a float
+  float path_moment;  // (C / n)^(1/2); C: expected sum of path m, unweighted; it may itself leave the range of floats
   float path_sq;      // P / N; P: expected sum of d path^2
   float grad_peak;    // M, the largest G / D of the last dozens of steps
   // x, the cosine of the angle between the path and the gradient that comes next; averages over some steps of
@@ -278,7 +278,7 @@ struct Evidence {
 constexpr int kEvidence = 8;
 
 CLARA_HD bool is_finite(double x) { return x - x == 0.0; }
-// Of a number and what is not a number the second.
+// The second if either is not a number: callers order their arguments by that.
 CLARA_HD double larger(double a, double b) { return a > b ? a : b; }
 CLARA_HD double smaller(double a, double b) { return a < b ? a : b; }
 
@@ -364,7 +364,8 @@ CLARA_HD double excess(const Evidence& e) {
   const double above = with_prior(e.path_sq / larger(e.walk_sq, e.long_walk_sq), count, 32.0);
   if (above > 1.35) return 1.0 - 1.35 / above;
   // Short, and more so than the momentum can tell within its few steps: what cancels that fast are fast modes, which do
-  // not grow worse with time. Unless they leave nothing at all, or nothing cancels but they: that settles never.
+  // not grow worse with time. Except where they leave next to nothing of the steps, or where nothing else cancels: steps
+  // that only go to and fro do not settle by themselves.
   const double ratio = e.path_sq / e.walk_sq;
   const double agreement = e.step_sq == 0.0 ? 0.0 : smaller(e.step_sq / e.step_walk_sq, 1.0), lost = 1.0 - agreement;
   const double alternating = larger(0.2 * square(square(lost)), lost * square(smaller(ratio / agreement, 1.0)));

@@ -83,20 +83,20 @@ class CoreBucket:
     def locations(self) -> Sequence[Location]:
         return [Location(*location) for location in self._bucket.locations]
 
-    def _numbers(self, columns: int) -> Tensor:
+    def _rows(self, columns: int) -> Tensor:
         return torch.empty(len(self._bucket), columns, dtype=torch.float64, device=self.device)
 
     def measure(self) -> Tensor:
         with profiling.range_of("measure", len(self._bucket)):
             # Zeros: where found_inf is set the core leaves them as they are.
-            sums = self._numbers(len(PathSums._fields)).zero_()
+            sums = self._rows(len(PathSums._fields)).zero_()
             self._bucket.measure(sums.data_ptr(), *self._launch)
             return sums
 
     def adapt(self, sums: Tensor) -> Tensor:
         with profiling.range_of("adapt", len(self._bucket)):
             sums = moved(sums, self.device).contiguous()
-            evidence = self._numbers(len(Evidence._fields)).zero_()
+            evidence = self._rows(len(Evidence._fields)).zero_()
             self._bucket.adapt(sums.data_ptr(), evidence.data_ptr(), *self._launch)
             return evidence
 

@@ -104,7 +104,7 @@ def _why_not(param: Tensor, grad: Tensor) -> str | None:
             what = f"{role} of type {type(tensor).__name__}, which implements PyTorch's operations itself"
             return f"the compiled core does not serve {what}"
         part = local(tensor)
-        if type(part) not in (Tensor, torch.nn.Parameter):
+        if not tensors.is_plain(part):
             return f"the compiled core does not serve {role} of a class of their own ({type(part).__name__})"
         if part.is_neg() or part._is_zerotensor():
             return f"the compiled core does not serve {role} whose memory does not hold their values (lazy negatives)"

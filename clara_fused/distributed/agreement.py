@@ -62,8 +62,8 @@ def compare_ranks(compared: Sequence[tuple[Collective, list[str]]]) -> None:
     """Raise on all ranks if one of them is about to add something else than another one; waits for all of them.
 
     Nobody raises before everything is compared, and the ranks have told each other what came of it: whoever has raised
-    is missing in what the others compare next. Word goes round once, which reaches all ranks of a mesh and its
-    dimensions.
+    is missing in what the others compare next. That word goes round once, in every collective; it reaches all ranks of
+    a mesh, since each of its dimensions has one.
     """
     import torch.distributed as dist
 

@@ -8,7 +8,8 @@ Plain parameters under `process_group` are shards as well, with one exception: A
 tensor by tensor, so there each rank may hold parameters of its own, and what is added up is the evidence of all of
 them. Their walks are those of what is here. (FSDP1 tells its shards by a mark, and wants 0-dim state to be equal on all
 ranks; DeepSpeed's partitions can be told as well: these are summed tensor by tensor. Plain parameters beside FSDP1's,
-its `ignored_modules`, are whole on every rank: each rank has sums of its own, and of the total they are counted once.)
+its `ignored_modules`, are whole on every rank: every rank measures all of them, and so brings 1 / (number of ranks) of
+what they say into the total.)
 """
 
 from __future__ import annotations
@@ -358,10 +359,10 @@ def _have_gradient(sums: Tensor) -> Tensor:
 
 def _sizes_here(groups: int, weighted: Sequence[tuple[Location, Tensor, float]]) -> Tensor:
     """`size_of` this rank's parts of parameters, by group, frozen and trained, float64 [groups, 2, 2] on the CPU."""
-    by_group: dict[tuple[int, int, float], list[Tensor]] = {}
+    by_group: dict[tuple[int, bool, float], list[Tensor]] = {}
     for location, param, weight in weighted:
-        by_group.setdefault((location.group_index, int(is_trained(param)), weight), []).append(param)
+        by_group.setdefault((location.group_index, is_trained(param), weight), []).append(param)
     sizes = torch.zeros(groups, 2, 2, dtype=torch.float64, device="cpu")
-    for (group_index, kind, weight), params in by_group.items():
-        sizes[group_index, kind] += weight * size_of(params).cpu()
+    for (group_index, trained, weight), params in by_group.items():
+        sizes[group_index, int(trained)] += weight * size_of(params).cpu()
     return sizes

@@ -50,8 +50,8 @@ struct Streams {
   }
 };
 
-// Not inlined: together with what makes their coefficients, the compiler would contract one copy of a loop otherwise than
-// another, and the last bits would depend on where an element lies.
+// Not inlined: together with what makes their coefficients, the compiler may fuse multiplications with additions (FMA) in
+// one copy of a loop and not in another, and the last bits would depend on where an element lies.
 template <typename T>
 [[gnu::noinline]] MeasureCoefficients<T> coefficients_of_measure(const TensorList& list, const TensorRecord& tensor) {
   return measure_coefficients<T>(list.groups[tensor.group], static_cast<T>(*tensor.step) + T(1), list.grad_scale,
@@ -177,7 +177,7 @@ inline ElementSums<Vector<T>> measure_copies(const Streams<T, Param, Grad>& s, i
   const bool is_full = count == kLanes<T>;
   if (!is_full) path.take(s.path + p, count);
   copies.streams.path = is_full ? s.path + p : path.elements;
-  // Called in one place: of two inlined copies the compiler might contract one otherwise, and their last bits differ.
+  // Called in one place: in two inlined copies the compiler may fuse different operations, and their last bits differ.
   ElementSums<Vector<T>> sums = measure_vector(copies.streams, 0, 0, c);
   if (is_full) return sums;
   if (c.moves) path.give(s.path + p, count);
