@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overrun(optimizer: Any) -> None:
     """Let `measure` write the sums of all tensors into room for one: whether a sanitizer notices."""
     (bucket,) = optimizer._gather(optimizer._options.read(optimizer.param_groups))
-    one_row = bucket._numbers(len(PathSums._fields))[:1].clone()
+    one_row = bucket._rows(len(PathSums._fields))[:1].clone()
     bucket._bucket.measure(one_row.data_ptr(), *bucket._launch)
     torch.cuda.synchronize()
 

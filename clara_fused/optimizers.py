@@ -152,15 +152,19 @@ class AdamClara(Constructor, Optimizer):
         scales = list((self._scales or self._shared_scales()).values()) if self.one_scale else None
         found, irregular = core.gather(self.param_groups, self.state, scales)
         if irregular:
-            located = [(Location(*at), self.param_groups[at[0]]["params"][at[1]]) for at in irregular]
-            works = self._prepare(inputs, located)
+            works = self._prepare(inputs, self._located(irregular))
             scales = list(self._scales.values()) if self.one_scale else None
             found, irregular = core.gather(self.param_groups, self.state, scales)  # what lacked its state
             if irregular and self.fused:
                 self._refuse_shared_memory()
-                raise RuntimeError(_not_fused(Location(*irregular[0]), works[irregular[0]].param, "state of this kind"))
+                raise RuntimeError(_not_fused(*self._located(irregular)[0], "state of this kind"))
+            if others := [at for at in irregular if at not in works]:  # share memory with one that lacked its state
+                works.update(self._prepare(inputs, self._located(others)))
         buckets: list[Bucket] = [core_buckets.CoreBucket(bucket, self._tables, inputs) for bucket in found]
         return [*buckets, *torch_backend.buckets_of([works[at] for at in irregular], inputs)] if irregular else buckets
+
+    def _located(self, places: Iterable[tuple[int, int]]) -> list[tuple[Location, Tensor]]:
+        return [(Location(*at), self.param_groups[at[0]]["params"][at[1]]) for at in places]
 
     def _prepare(self, inputs: StepInputs, located: Iterable[tuple[Location, Tensor]]) -> dict[Location, TensorWork]:
         """Check those of some parameters that have a gradient; only then create or complete their state."""
@@ -220,6 +224,7 @@ class AdamClara(Constructor, Optimizer):
         if "exp_avg" in entry and not (self.one_scale and self._shared_scales()):
             scale: float | Tensor = state.trained_scale(options)
         else:
+            self._initial_scales.pop(id(param), None)  # of a state that is gone
             if group_index not in initial_scales:
                 initial_scales[group_index] = self._initial_scale(group_index, inputs, in_step=True)
                 if self._known_initial_scale(group) is None:

@@ -318,10 +318,11 @@ class OptionReader:
         except (ValueError, RuntimeError):  # an array or tensor among them, which has no truth value; refused below
             changed = True
         if changed:
-            self._read = [self.read_group(group, index) for index, group in enumerate(groups)]
-            if self._one_for_all:
+            options = [self.read_group(group, index) for index, group in enumerate(groups)]
+            if self._one_for_all and groups:
                 self._check_equal(groups)
-            self._seen = [_frozen(each) for each in values]
+            # Nothing of options that were refused stays: the user may take them back.
+            self._read, self._seen = options, [_frozen(each) for each in values]
         lrs = [group["lr"] for group in groups]
         lrs = [lr if type(lr) is float and lr >= 0.0 else _read_lr(lr, index) for index, lr in enumerate(lrs)]
         amp = [

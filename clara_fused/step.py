@@ -77,7 +77,7 @@ class Bucket(Protocol):
 def adapt_one_scale(total: Tensor, scales: Iterable[Tensor], inputs: StepInputs) -> None:
     """Let the one scale of AdamClaraGlobal follow the total evidence [8], on every device that holds it."""
     scales = list(scales)
-    if not scales:  # a rank without parameters
+    if not scales or not inputs.options:  # a rank without parameters
         return
     scale = moved(scales[0], total.device)
     adapted = adaptation.adapted_scales(scale, total, inputs.options[0])

@@ -60,10 +60,9 @@ class TorchBucket:
         self._lr = self._scalar(inputs.lrs[group_index])
         self._moves = self._lr != 0.0
         self._grad_scale = self._scalar(inputs.grad_scale)
-        # Set where nothing may change: all is computed, and left as it was.
         found_inf = self._scalar(inputs.found_inf)
-        overflow = isinstance(found_inf, Tensor) or found_inf  # None, and a 0 that the host knows: no need to ask
-        self._undo = torch.as_tensor(found_inf != 0.0, device=self.device) if overflow else None
+        self._skipped = isinstance(found_inf, float) and found_inf != 0.0
+        self._undo = found_inf != 0.0 if isinstance(found_inf, Tensor) else None  # decided on the device
         self._scalars = TensorScalars([work.state for work in self._works], self.options, self._moves, self._undo)
 
     def _scalar(self, value: float | Tensor | None) -> Any:
@@ -77,12 +76,14 @@ class TorchBucket:
 
     def step(self) -> None:
         evidence = self.adapt(self.measure())
-        if self._inputs.one_scale:
+        if self._inputs.one_scale and not self._skipped:
             adapt_one_scale(adaptation.total_evidence([evidence]), [self._works[0].state["lr_scale"]], self._inputs)
         self.update()
 
     def measure(self) -> Tensor:
         with profiling.range_of("measure", len(self._works)):
+            if self._skipped:
+                return self._nothing(adaptation.PathSums)
             coefficients = _Coefficients(self, *self._bias_corrections, self._scalars.column("walk_moment_sq"))
             sums = torch.cat([self._measure_unit(unit, coefficients) for unit in self._blocks(sampled=True)], dim=1)
             # Filled in by kernels that have the number as an argument: a copy from the host would wait, and a CUDA
@@ -92,9 +93,17 @@ class TorchBucket:
 
     def adapt(self, sums: Tensor) -> Tensor:
         with profiling.range_of("adapt", len(self._works)):
+            if self._skipped:
+                return self._nothing(adaptation.Evidence)
             return self._scalars.adapt(moved(sums, self.device), self._inputs.one_scale)
 
+    def _nothing(self, columns: type[Any]) -> Tensor:
+        shape = len(self._works), len(columns._fields)
+        return torch.zeros(shape, dtype=adaptation.scalar_dtype(self.device), device=self.device)
+
     def update(self) -> None:
+        if self._skipped:
+            return
         with profiling.range_of("update", len(self._works)):
             rates = self._scalars.column("lr_scale").to(adaptation.scalar_dtype(self.device)) * self._lr
             coefficients = _Coefficients(self, *self._bias_corrections, rates)

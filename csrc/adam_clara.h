@@ -20,7 +20,7 @@ namespace clara {
 
 // ---------------------------------------------------------------------------------------------------------------
 // Options of one param group, as the host reads them at every step. Doubles, flags as well (0 or 1): rounding happens
-// once, where the arithmetic type of a tensor is known, and Python fills all of them alike, by these names.
+// once, where the arithmetic type of a tensor is known. Those that are listed are read by these names (options.py).
 // ---------------------------------------------------------------------------------------------------------------
 
 #define CLARA_GROUP_OPTIONS(X)                                                                                   \

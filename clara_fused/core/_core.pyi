@@ -22,7 +22,7 @@ class Bucket:
     @property
     def params(self) -> list[Any]: ...
     def __len__(self) -> int: ...
-    def set_inputs(self, options: Sequence[GroupOptions], lrs: list[Any], grad_scale: int, found_inf: int) -> None:
+    def set_inputs(self, options: Sequence[GroupOptions], lrs: Sequence[Any], grad_scale: int, found_inf: int) -> None:
         """Per param group its options and its lr: a float, or (address, is float64) where the device has it."""
     def memory_sizes(self) -> tuple[int, int]:
         """CUDA: bytes the bucket needs on the device, and how many of them, the first, `write_table` fills."""

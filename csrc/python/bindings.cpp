@@ -77,13 +77,17 @@ class Bucket {
   }
 
   // Options and learning rates of all param groups; the scalars of a GradScaler, float32 on the device, or 0.
-  void set_inputs(const py::list& options, const py::list& lrs, Address grad_scale, Address found_inf) {
+  void set_inputs(const py::sequence& options, const py::sequence& lrs, Address grad_scale, Address found_inf) {
     const auto known = [&](const TensorRecord& tensor) { return tensor.group < static_cast<int64_t>(options.size()); };
     if (lrs.size() != options.size() || !std::all_of(tensors_.records.begin(), tensors_.records.end(), known)) {
       throw py::value_error("expected options and a learning rate for every param group");
     }
-    groups_.clear();
-    for (size_t i = 0; i < options.size(); ++i) groups_.push_back(group_options(options[i], lrs[i]));
+    groups_.assign(options.size(), {});
+    std::vector<bool> read(options.size());
+    for (const TensorRecord& tensor : tensors_.records) {  // of groups without a tensor here nothing is read
+      const auto i = static_cast<size_t>(tensor.group);
+      if (!read[i]) groups_[i] = group_options(options[i], lrs[i]), read[i] = true;
+    }
     list_.groups = groups_.data();
     list_.group_count = static_cast<int64_t>(groups_.size());
     list_.grad_scale = pointer<const float>(grad_scale);

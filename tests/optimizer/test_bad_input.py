@@ -630,3 +630,29 @@ def test_tensor_subclass_parameters(variant: str) -> None:
     optimizer.step()
     assert optimizer.state[param]["step"].item() == 1
     assert (param.detach() < 1).all()
+
+
+def test_options_that_were_refused_can_be_taken_back(variant: str, fused: bool) -> None:
+    """AdamClaraGlobal compares the groups after it has read them: nothing of what it refused stays in force."""
+    optimizers = []
+    for disturbed in (False, True):
+        groups = [{"params": parameters([(3,)])}, {"params": parameters([(5,)])}]
+        optimizer = VARIANTS[variant](groups, fused=fused)
+        train(optimizer, 2)
+        if disturbed:
+            group = optimizer.param_groups[0]
+            kept, group["smoothing"] = group["smoothing"], 0.5
+            if variant == "Global":
+                with pytest.raises(ValueError, match="smoothing must be equal"):
+                    optimizer.step()
+            group["smoothing"] = kept
+        train(optimizer, 3, first=2)
+        optimizers.append(optimizer)
+    assert snapshot(optimizers[0]) == snapshot(optimizers[1])
+
+
+def test_an_optimizer_that_has_lost_its_groups(variant: str, fused: bool) -> None:
+    optimizer = VARIANTS[variant](parameters(), fused=fused)
+    train(optimizer, 1)
+    optimizer.param_groups.clear()
+    optimizer.step()

@@ -342,3 +342,26 @@ def test_a_first_step_looks_at_groups_and_parameters_once(
     optimizer.step()
     assert calls.pop("_known_initial_scale", 0) <= 2 * 2 + 2 * 4
     assert all(count <= 2 for count in calls.values()), calls
+
+
+def test_who_joins_does_not_begin_where_a_founder_did_that_began_anew(variant: str, fused: bool) -> None:
+    """The first that began, a, is forgotten and comes back: the group's beginning is b's now."""
+    if variant == "Global":
+        pytest.skip("one scale, that of any state")
+    a, b, c = params = parameters([(30,), (20,), (10,)])
+    optimizer = VARIANTS[variant](params, lr=10.0, fused=fused)
+
+    def begin(param: torch.Tensor, step: int) -> float:
+        for each in params:
+            each.grad = None
+        set_gradients([param], step)
+        optimizer.step()
+        return float(optimizer.state[param]["lr_scale"])
+
+    begin(a, 0)
+    with torch.no_grad():
+        torch._foreach_mul_(params, 3.0)
+    del optimizer.state[a]
+    expected = begin(b, 1)
+    assert begin(a, 2) == pytest.approx(expected, rel=1e-5)
+    assert begin(c, 3) == pytest.approx(expected, rel=1e-5)

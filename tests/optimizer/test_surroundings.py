@@ -485,3 +485,31 @@ def test_params_of_a_group_are_any_sequence(kind: Any, variant: str, fused: bool
         train(optimizer, 2)
         outcomes.append(results(optimizer))
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_parameter_that_joins_in_the_memory_of_one_in_training(variant: str) -> None:
+    """The core gives both back once the second has its state."""
+    results = []
+    for fused in (None, False):
+        base = torch.linspace(1.0, 2.0, 8)
+        first, second = torch.nn.Parameter(base), torch.nn.Parameter(base.view(2, 4))
+        optimizer = VARIANTS[variant]([first, second], fused=fused)
+        first.grad = torch.ones(8)
+        optimizer.step()
+        second.grad = torch.full((2, 4), 0.5)
+        for _ in range(3):
+            optimizer.step()
+        results.append(base)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0.0)
+
+
+def test_a_step_that_the_host_skips_writes_nothing(variant: str) -> None:
+    """Not even what would be written back as it was: no version counter moves, and a wrapper keeps its own bits."""
+    optimizer = VARIANTS[variant](parameters(), fused=False)
+    train(optimizer, 2)
+    params = all_params(optimizer)
+    versions = [tensor._version for param in params for tensor in (param, *optimizer.state[param].values())]
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    del optimizer.found_inf
+    assert versions == [tensor._version for param in params for tensor in (param, *optimizer.state[param].values())]

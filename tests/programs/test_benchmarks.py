@@ -20,9 +20,12 @@ pytest.importorskip("matplotlib", reason="the benchmarks' extra is not installed
 
 import cpu_overhead
 import figures
+import profile_target
 import state_bytes
 import step_time
+from helpers import core_available
 
+import clara_fused
 from harness import models, report, tables
 from harness.clocks import CpuClock, StreamLoops
 from harness.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS
@@ -464,3 +467,15 @@ def test_tables_are_aligned_on_a_terminal():
         "",
         "end",
     ]
+
+
+def test_the_canary_of_the_sanitizers_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one tensor, whose sums have room: what is to fail on a GPU must fail there for the overrun alone."""
+    if not core_available():
+        pytest.skip("needs the compiled core")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = clara_fused.AdamClaraLocal([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    profile_target.overrun(optimizer)
