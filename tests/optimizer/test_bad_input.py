@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -656,3 +657,11 @@ def test_an_optimizer_that_has_lost_its_groups(variant: str, fused: bool) -> Non
     train(optimizer, 1)
     optimizer.param_groups.clear()
     optimizer.step()
+
+
+def test_a_learning_rate_that_requires_grad_is_read_without_a_warning(variant: str, fused: bool) -> None:
+    """PyTorch gives it once per process: at least one of the cases would fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = VARIANTS[variant](parameters(), lr=torch.tensor(0.1, requires_grad=True), fused=fused)
+        train(optimizer, 2)
