@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <memory>
@@ -78,14 +77,13 @@ class Bucket {
 
   // Options and learning rates of all param groups; the scalars of a GradScaler, float32 on the device, or 0.
   void set_inputs(const py::sequence& options, const py::sequence& lrs, Address grad_scale, Address found_inf) {
-    const auto known = [&](const TensorRecord& tensor) { return tensor.group < static_cast<int64_t>(options.size()); };
-    if (lrs.size() != options.size() || !std::all_of(tensors_.records.begin(), tensors_.records.end(), known)) {
-      throw py::value_error("expected options and a learning rate for every param group");
-    }
-    groups_.assign(options.size(), {});
-    std::vector<bool> read(options.size());
+    const size_t count = options.size();
+    if (lrs.size() != count) throw py::value_error("expected as many learning rates as options");
+    groups_.assign(count, {});
+    std::vector<bool> read(count);
     for (const TensorRecord& tensor : tensors_.records) {  // of groups without a tensor here nothing is read
       const auto i = static_cast<size_t>(tensor.group);
+      if (i >= count) throw py::value_error("expected options of every param group");
       if (!read[i]) groups_[i] = group_options(options[i], lrs[i]), read[i] = true;
     }
     list_.groups = groups_.data();
